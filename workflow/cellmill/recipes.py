@@ -1,0 +1,70 @@
+"""What a user may set of a model: its architecture, its training, how its embeddings are read.
+
+Plain frozen dataclasses, so that a GPU node needs no validator to read them; `cellmill.config` validates the same classes
+(types and the bounds in ``metadata``) before any job starts.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a model is trained: AdamW, linear warm-up then cosine decay, gradient clipping, exact resume."""
+
+    steps: int = field(default=200, metadata={"description": "Optimiser steps.", "ge": 1})
+    batch_size: int = field(default=32, metadata={"description": "Cells per optimiser step.", "ge": 1})
+    micro_batch_size: int | None = field(
+        default=None,
+        metadata={"description": "Cells per forward pass; gradients are accumulated up to batch_size. Default: all.", "ge": 1},
+    )
+    learning_rate: float = field(default=1e-3, metadata={"description": "Peak learning rate.", "gt": 0})
+    final_learning_rate_fraction: float = field(
+        default=0.0, metadata={"description": "Learning rate at the last step, as a share of the peak.", "ge": 0, "le": 1}
+    )
+    warmup_steps: int = field(default=20, metadata={"description": "Steps of linear warm-up.", "ge": 0})
+    weight_decay: float = field(
+        default=0.01, metadata={"description": "Decoupled decay of matrices; biases, norms and embeddings have none.", "ge": 0}
+    )
+    beta1: float = field(default=0.9, metadata={"description": "AdamW's first moment.", "ge": 0, "lt": 1})
+    beta2: float = field(default=0.98, metadata={"description": "AdamW's second moment.", "ge": 0, "lt": 1})
+    gradient_clip: float = field(default=1.0, metadata={"description": "Largest norm of the gradient.", "gt": 0})
+    precision: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto",
+        metadata={"description": "Arithmetic of the forward pass; auto: bfloat16 on a GPU that has it, float32 on the CPU."},
+    )
+    validate_every: int = field(default=50, metadata={"description": "Steps between validations.", "ge": 1})
+    validation_cells: int = field(
+        default=2048, metadata={"description": "Largest number of held-out cells of one validation.", "ge": 1}
+    )
+    checkpoint_every: int = field(
+        default=50, metadata={"description": "Steps between saved states, from which a killed run goes on.", "ge": 1}
+    )
+    threads: int = field(
+        default=1, metadata={"description": "CPU threads; part of the recipe since sums depend on it to the bit.", "ge": 1}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """How cell embeddings are read from a trained model."""
+
+    pooling: str | None = field(
+        default=None, metadata={"description": "One of the architecture's poolings. Default: its paper's own."}
+    )
+    batch_size: int = field(default=64, metadata={"description": "Cells per forward pass.", "ge": 1})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """One model of a run: ``config/models/NAME.yaml``."""
+
+    architecture: str = field(
+        metadata={"description": "A module of cellmill.models, or the dotted path of your own module."}
+    )
+    preset: str = field(default="demo", metadata={"description": "One of the architecture's presets of sizes."})
+    sizes: dict = field(
+        default_factory=dict, metadata={"description": "Sizes that differ from the preset's, such as n_layers: 4."}
+    )
+    training: Training = field(default_factory=Training, metadata={"description": "How it is trained."})
+    embedding: Embedding = field(default_factory=Embedding, metadata={"description": "How embeddings are read."})

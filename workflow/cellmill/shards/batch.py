@@ -1,0 +1,67 @@
+"""The ragged batch of raw cells that every view starts from.
+
+Legend: B cells, N nonzeros of all cells together, V genes in the vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class CellBatch:
+    """B cells as one ragged array of their nonzero counts.
+
+    Attributes
+    ----------
+    joinids
+        int64 [B], the cell's `soma_joinid` in the Census that it came from.
+    offsets
+        int64 [B + 1]; cell b owns the nonzeros ``offsets[b]:offsets[b + 1]``.
+    genes
+        int64 [N], vocabulary ids, ascending within a cell.
+    counts
+        int64 [N], raw counts, all at least 1.
+    totals
+        int64 [B], the cell's raw counts summed over all measured genes, also those outside the vocabulary.
+    """
+
+    joinids: np.ndarray
+    offsets: np.ndarray
+    genes: np.ndarray
+    counts: np.ndarray
+    totals: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.joinids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [B], nonzero genes per cell."""
+        return np.diff(self.offsets)
+
+    @property
+    def cell_of(self) -> np.ndarray:
+        """int64 [N], the batch row (0..B-1) that each nonzero belongs to."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    def take(self, rows: np.ndarray) -> "CellBatch":
+        """The cells at `rows` (integers), in that order."""
+        rows = np.asarray(rows, dtype=np.int64)
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        # position of every kept nonzero: the start of its cell in self, plus its place within the cell
+        index = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return CellBatch(self.joinids[rows], offsets, self.genes[index], self.counts[index], self.totals[rows])
+
+    @staticmethod
+    def concatenate(batches: list["CellBatch"]) -> "CellBatch":
+        """All cells of `batches` in order."""
+        lengths = np.concatenate([b.lengths for b in batches])
+        return CellBatch(
+            joinids=np.concatenate([b.joinids for b in batches]),
+            offsets=np.concatenate([[0], np.cumsum(lengths)]),
+            genes=np.concatenate([b.genes for b in batches]),
+            counts=np.concatenate([b.counts for b in batches]),
+            totals=np.concatenate([b.totals for b in batches]),
+        )
