@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cellmill.errors import CellmillError
 from cellmill.shards.batch import CellBatch
 
 
@@ -45,16 +46,18 @@ class GeneStatistics:
 class CellModel(nn.Module):
     """Base of every architecture. A module ``cellmill/models/NAME.py`` sets ``MODEL`` to its subclass.
 
-    A subclass is built from its sizes (a frozen dataclass), the number of genes and the corpus statistics. What it needs
-    of the statistics it keeps as buffers, so that a checkpoint is complete without the corpus.
+    A subclass is built from its sizes (a frozen dataclass), the number of genes and the corpus statistics. What it
+    needs of the statistics it keeps as buffers, so that a checkpoint is complete without the corpus.
     """
 
     Sizes: ClassVar[type]
     """Frozen dataclass of the architecture's sizes; field metadata holds each one's description."""
     presets: ClassVar[dict[str, object]]
     """Sizes by name: the published ones and `demo`."""
-    poolings: ClassVar[tuple[str, ...]]
-    """Ways to read a cell's embedding, the paper's own first."""
+    published_genes: ClassVar[dict[str, int]] = {}
+    """Number of genes in the vocabulary that each published preset was trained with."""
+    poolings: tuple[str, ...]
+    """Ways to read a cell's embedding, the paper's own first; a class holds those of all its presets."""
 
     def __init__(self, sizes, n_genes: int, statistics: GeneStatistics | None = None):
         super().__init__()
@@ -80,12 +83,22 @@ class CellModel(nn.Module):
         """float32 [B, E] from `embed_inputs`; `pooling` is one of `poolings`, by default the first."""
         raise NotImplementedError
 
+    def check_pooling(self, pooling: str | None) -> str:
+        """`pooling`, or the paper's own where it is None; `CellmillError` if this model has none of that name."""
+        pooling = pooling or self.poolings[0]
+        if pooling not in self.poolings:
+            raise CellmillError(
+                f"{type(self).__name__} has no pooling '{pooling}'; "
+                f"set embedding.pooling to one of {', '.join(self.poolings)}"
+            )
+        return pooling
+
     def embed_genes(self) -> Tensor:
         """Static gene embeddings, float32 [V, D]."""
         raise NotImplementedError
 
     def fit_trivial(self, batches: Iterable[Inputs]) -> Tensor:
-        """Statistics of the objective's trivial baseline (gene frequencies, gene means) from training `pretrain_inputs`."""
+        """Statistics of the objective's trivial baseline (gene frequencies, gene means), from training's inputs."""
         raise NotImplementedError
 
     def trivial_losses(self, inputs: Inputs, trivial: Tensor) -> Losses:

@@ -1,0 +1,236 @@
+"""Geneformer: a BERT that reads a cell as its genes in the order of their relative expression.
+
+Theodoris et al., Nature 618, 616 (2023) (V1); Chen et al., Nat. Comput. Sci. (2026) (V2).
+
+A gene's value is its count over the cell's total, over the gene's nonzero median in the corpus; the cell is the list of
+its genes by falling value, and the value itself is dropped. The network is the plain BERT of Devlin et al. (2019):
+learned absolute positions, post-norm layers, a decoder tied to the token embedding; it learns to name masked genes.
+
+Token ids: the specials first (V1 pad 0, mask 1; V2 also cls 2, eos 3), then gene g at ``g + n_specials``.
+An empty cell has no token in V1: its embedding is zero. In V2 it is <cls><eos>.
+
+Legend: B cells, L tokens, D width, V genes, T = V + specials tokens in the vocabulary, M masked positions, N nonzeros.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cellmill import views
+from cellmill.errors import CellmillError
+from cellmill.models.attention import MultiHeadAttention, key_mask
+from cellmill.models.base import CellModel, GeneStatistics, Inputs, Losses, LossTerm
+from cellmill.randomness import hash64, uniform
+from cellmill.shards.batch import CellBatch
+
+PAD, MASK, CLS, EOS = 0, 1, 2, 3
+MASK_SHARE, RANDOM_SHARE = 0.8, 0.1
+NORM_EPS = 1e-12
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Sizes of a Geneformer."""
+
+    version: Literal["V1", "V2"] = field(
+        metadata={"description": "V1: no <cls>/<eos>, mean pooling; V2: both, <cls> pooling."}
+    )
+    n_layers: int = field(metadata={"description": "Transformer layers.", "ge": 1})
+    width: int = field(metadata={"description": "Width of a token's state.", "ge": 1})
+    n_heads: int = field(metadata={"description": "Attention heads; divides width.", "ge": 1})
+    hidden: int = field(metadata={"description": "Width of a layer's feed-forward network.", "ge": 1})
+    max_length: int = field(metadata={"description": "Longest cell in tokens, specials included.", "ge": 3})
+    dropout: float = field(
+        default=0.02, metadata={"description": "Dropout, also of attention weights.", "ge": 0, "lt": 1}
+    )
+    mask_rate: float = field(default=0.15, metadata={"description": "Share of genes to predict.", "gt": 0, "lt": 1})
+
+    def __post_init__(self):
+        if self.width % self.n_heads:
+            raise CellmillError(f"geneformer: width {self.width} is no multiple of n_heads {self.n_heads}; change one")
+
+
+class Layer(nn.Module):
+    """One post-norm transformer layer of BERT, with ReLU."""
+
+    def __init__(self, sizes: Sizes):
+        super().__init__()
+        self.attention = MultiHeadAttention(sizes.width, sizes.n_heads, sizes.dropout)
+        self.attention_norm = nn.LayerNorm(sizes.width, eps=NORM_EPS)
+        self.intermediate = nn.Linear(sizes.width, sizes.hidden)
+        self.output = nn.Linear(sizes.hidden, sizes.width)
+        self.output_norm = nn.LayerNorm(sizes.width, eps=NORM_EPS)
+        self.dropout = nn.Dropout(sizes.dropout)
+
+    def forward(self, x_BLD: Tensor, mask: Tensor) -> Tensor:
+        """[B, L, D]; `mask` as for `MultiHeadAttention`."""
+        x_BLD = self.attention_norm(x_BLD + self.dropout(self.attention(x_BLD, mask)))
+        return self.output_norm(x_BLD + self.dropout(self.output(F.relu(self.intermediate(x_BLD)))))
+
+
+class Geneformer(CellModel):
+    """Geneformer V1 and V2.
+
+    Parameters
+    ----------
+    sizes
+        See `Sizes`.
+    n_genes
+        V.
+    statistics
+        `median_nonzero_cp10k` is kept as a buffer; a gene without a median is never a token. None leaves the medians
+        empty, to be loaded from a checkpoint.
+    """
+
+    Sizes = Sizes
+    presets: ClassVar[dict[str, Sizes]] = {
+        "demo": Sizes(version="V1", n_layers=2, width=128, n_heads=4, hidden=256, max_length=512, dropout=0.0),
+        "v1-10m": Sizes(version="V1", n_layers=6, width=256, n_heads=4, hidden=512, max_length=2048),
+        "v2-104m": Sizes(version="V2", n_layers=12, width=768, n_heads=12, hidden=3072, max_length=4096),
+        "v2-316m": Sizes(version="V2", n_layers=18, width=1152, n_heads=18, hidden=4608, max_length=4096),
+    }
+    published_genes: ClassVar[dict[str, int]] = {"v1-10m": 25424, "v2-104m": 20271, "v2-316m": 20271}
+    poolings = ("mean", "cls")
+
+    def __init__(self, sizes: Sizes, n_genes: int, statistics: GeneStatistics | None = None):
+        super().__init__(sizes, n_genes, statistics)
+        self.n_specials = 2 if sizes.version == "V1" else 4
+        self.poolings = ("mean",) if sizes.version == "V1" else ("cls", "mean")
+        n_tokens = n_genes + self.n_specials
+        self.word_embeddings = nn.Embedding(n_tokens, sizes.width, padding_idx=PAD)
+        self.position_embeddings = nn.Embedding(sizes.max_length, sizes.width)
+        self.token_type_embeddings = nn.Embedding(2, sizes.width)
+        self.embedding_norm = nn.LayerNorm(sizes.width, eps=NORM_EPS)
+        self.embedding_dropout = nn.Dropout(sizes.dropout)
+        self.layers = nn.ModuleList(Layer(sizes) for _ in range(sizes.n_layers))
+        self.head_transform = nn.Linear(sizes.width, sizes.width)
+        self.head_norm = nn.LayerNorm(sizes.width, eps=NORM_EPS)
+        self.head_bias = nn.Parameter(torch.zeros(n_tokens))
+        self.apply(_initialise)
+        medians = torch.full((n_genes,), torch.nan) if statistics is None else statistics.median_nonzero_cp10k.float()
+        self.register_buffer("medians", medians.clone())
+
+    def rank_genes(self, cells: CellBatch) -> CellBatch:
+        """The genes of each cell by falling count / median, ties by gene id, cut to the longest cell.
+
+        The cell's total is a common factor of its values, so it never changes their order and is left out.
+        """
+        median_V = self.medians.cpu().numpy()
+        cells = views.select(cells, ~np.isnan(median_V[cells.genes]))
+        order_N = views.argsort_within(cells.offsets, views.descending(cells.counts / median_V[cells.genes]))
+        room = self.sizes.max_length - (0 if self.sizes.version == "V1" else 2)
+        kept_N, offsets = views.keep_first(cells.offsets, room)
+        order_N = order_N[kept_N]
+        return CellBatch(cells.joinids, offsets, cells.genes[order_N], cells.counts[order_N], cells.totals)
+
+    def _matrix(self, offsets: np.ndarray, tokens_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [B, L] with the version's specials, and the flat place of each gene token in it."""
+        if self.sizes.version == "V1":
+            tokens_BL = views.pad(offsets, tokens_N, PAD)
+            return tokens_BL, views.padded_index(offsets, tokens_BL.shape[1])
+        tokens_BL = views.pad(offsets, tokens_N, PAD, before=1, after=1)
+        tokens_BL[:, 0] = CLS
+        tokens_BL[np.arange(len(tokens_BL)), np.diff(offsets) + 1] = EOS
+        return tokens_BL, views.padded_index(offsets, tokens_BL.shape[1], before=1)
+
+    def pretrain_inputs(self, cells: CellBatch, *, seed: int, step: int | None) -> Inputs:
+        """Masked ranks: `tokens` [B, L]; `positions` [M] in the flattened tokens; `targets` [M], the true tokens there.
+
+        Each gene is a target with probability `mask_rate`; of the targets 80 % show <mask>, 10 % a random gene, 10 %
+        themselves. (The original also draws specials as random tokens.)
+        """
+        ranked = self.rank_genes(cells)
+        keys = (seed, -1 if step is None else step, ranked.joinids[ranked.cell_of], ranked.genes)
+        chosen_N = uniform("geneformer target", *keys) < self.sizes.mask_rate
+        keys_M = tuple(key[chosen_N] if isinstance(key, np.ndarray) else key for key in keys)
+        how_M = uniform("geneformer show", *keys_M)
+        random_M = (hash64("geneformer gene", *keys_M) % np.uint64(self.n_genes)).astype(np.int64) + self.n_specials
+        targets_M = ranked.genes[chosen_N] + self.n_specials
+        shown_M = np.where(how_M < MASK_SHARE, MASK, np.where(how_M < MASK_SHARE + RANDOM_SHARE, random_M, targets_M))
+        tokens_N = ranked.genes + self.n_specials
+        tokens_N[chosen_N] = shown_M
+        tokens_BL, place_N = self._matrix(ranked.offsets, tokens_N)
+        return {
+            "tokens": torch.from_numpy(tokens_BL),
+            "positions": torch.from_numpy(place_N[chosen_N]),
+            "targets": torch.from_numpy(targets_M),
+        }
+
+    def embed_inputs(self, cells: CellBatch) -> Inputs:
+        """`tokens` [B, L]."""
+        ranked = self.rank_genes(cells)
+        return {"tokens": torch.from_numpy(self._matrix(ranked.offsets, ranked.genes + self.n_specials)[0])}
+
+    def encode(self, tokens_BL: Tensor, n_layers: int) -> Tensor:
+        """[B, L, D], the states after the first `n_layers` layers."""
+        position_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
+        x_BLD = (
+            self.word_embeddings(tokens_BL)
+            + self.position_embeddings(position_L)
+            + self.token_type_embeddings.weight[0]
+        )
+        x_BLD = self.embedding_dropout(self.embedding_norm(x_BLD))
+        mask = key_mask(tokens_BL != PAD)
+        for layer in self.layers[:n_layers]:
+            x_BLD = layer(x_BLD, mask)
+        return x_BLD
+
+    def forward(self, inputs: Inputs, *, step: int | None = None) -> Losses:
+        """`mlm`: cross-entropy over the vocabulary, computed at the masked positions only (nats)."""
+        x_BLD = self.encode(inputs["tokens"], self.sizes.n_layers)
+        x_MD = x_BLD.flatten(0, 1).index_select(0, inputs["positions"])
+        x_MD = self.head_norm(F.relu(self.head_transform(x_MD)))
+        logits_MT = F.linear(x_MD, self.word_embeddings.weight, self.head_bias)
+        return {"mlm": _term(F.cross_entropy(logits_MT.float(), inputs["targets"], reduction="sum"), inputs)}
+
+    def embed_cells(self, inputs: Inputs, pooling: str | None = None) -> Tensor:
+        """[B, D] from the second-to-last layer: the mean over genes (V1), or the state of <cls> (V2)."""
+        pooling = self.check_pooling(pooling)
+        tokens_BL = inputs["tokens"]
+        x_BLD = self.encode(tokens_BL, self.sizes.n_layers - 1).float()
+        if pooling == "cls":
+            return x_BLD[:, 0]
+        is_gene_BL1 = (tokens_BL >= self.n_specials).unsqueeze(2)
+        return (x_BLD * is_gene_BL1).sum(1) / is_gene_BL1.sum(1).clamp(min=1)
+
+    def embed_genes(self) -> Tensor:
+        """[V, D], the token embeddings of the genes."""
+        return self.word_embeddings.weight[self.n_specials :].detach().float()
+
+    def fit_trivial(self, batches: Iterable[Inputs]) -> Tensor:
+        """[V], log frequency of each gene among the corpus's tokens, add-one smoothed."""
+        counts_V = torch.ones(self.n_genes, dtype=torch.float64)
+        for inputs in batches:
+            tokens = inputs["tokens"].flatten().index_copy(0, inputs["positions"], inputs["targets"])
+            genes = tokens[tokens >= self.n_specials] - self.n_specials
+            counts_V += torch.bincount(genes, minlength=self.n_genes).cpu()
+        return (counts_V / counts_V.sum()).log().float()
+
+    def trivial_losses(self, inputs: Inputs, trivial: Tensor) -> Losses:
+        """`mlm` when every masked gene is predicted by the corpus's gene frequencies."""
+        genes_M = inputs["targets"] - self.n_specials
+        return {"mlm": _term(-trivial.to(genes_M.device)[genes_M].sum(), inputs)}
+
+
+def _term(total: Tensor, inputs: Inputs) -> LossTerm:
+    return LossTerm(total, torch.tensor(len(inputs["targets"]), device=total.device))
+
+
+def _initialise(module: nn.Module) -> None:
+    """BERT's initialisation: normal weights, zero biases, a zero row for padding."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=INIT_STD)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        with torch.no_grad():
+            module.weight[module.padding_idx].zero_()
+
+
+MODEL = Geneformer
