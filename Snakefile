@@ -1,0 +1,83 @@
+"""cellmill: from a Census to a report.
+
+snakemake --cores all                                    the embedded default, config/demo.yaml
+snakemake --cores all --configfile config/NAME.yaml      your run
+snakemake --workflow-profile workflow/profiles/slurm     on a cluster
+"""
+
+import os
+import sys
+import time
+
+from snakemake.utils import min_version
+
+from cellmill.config import check_names, load
+from cellmill.errors import CellmillError
+from cellmill.flow import Flow, one_of, project_root
+from cellmill.job import ERROR_PREFIX, said_errors
+from cellmill.provenance import code_version
+
+min_version("9.27")
+
+
+if not workflow.configfiles:
+
+    # given here only when no other config is, since Snakemake would merge the two
+    configfile: "config/demo.yaml"
+
+
+try:
+    run = load(config, project_root())
+    if workflow.is_main_process:
+        check_names(run)
+except CellmillError as error:
+    sys.exit(f"{ERROR_PREFIX}{error}")
+
+flow = Flow(run)
+started = time.time()
+os.environ["CELLMILL_HOME"] = str(
+    project_root()
+)  # where envs/*.yaml find the lock of versions
+
+
+wildcard_constraints:
+    run=one_of([flow.name]),
+    cells=one_of(flow.selections),
+    dataset=one_of(flow.datasets),
+    model=one_of(flow.models),
+    baseline=one_of(flow.baselines),
+    method=one_of(flow.methods),
+    task=one_of(flow.tasks),
+    seed=r"\d+",
+    block=r"\d+",
+
+
+report: "workflow/report/workflow.rst"
+
+
+include: "workflow/rules/corpus.smk"
+include: "workflow/rules/shards.smk"
+include: "workflow/rules/pretrain.smk"
+include: "workflow/rules/embed.smk"
+include: "workflow/rules/benchmark.smk"
+include: "workflow/rules/report.smk"
+
+
+localrules:
+    all,
+    fetch_wheels,
+
+
+rule all:
+    default_target: True
+    input:
+        f"{flow.results}/report/index.html",
+
+
+onsuccess:
+    print(f"done: open {flow.results}/report/index.html")
+
+
+onerror:
+    for sentence in said_errors(project_root() / flow.results / "logs", started):
+        print(sentence, file=sys.stderr)

@@ -1,0 +1,202 @@
+"""What the Snakefile needs of a run: targets, and the inputs and parameters of jobs as functions of their wildcards.
+
+Each parameter holds just what its job depends on, so that a change in the config reruns the jobs that it can change and
+no others.
+"""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+from cellmill.config import Run
+from cellmill.provenance import code_version, content_hash
+
+CONTROLS = ("labels", "shuffled")
+
+
+class Flow:
+    """Names, inputs and parameters of the jobs of one run.
+
+    Parameters
+    ----------
+    run
+        The resolved config.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.config = run.config
+        self.name = run.config.run
+        self.results = f"results/{self.name}"
+        self.models = list(run.models)
+        self.seeds = run.config.seeds
+        self.datasets = list(run.config.datasets)
+        self.selections = ["corpus", *self.datasets]
+        self.tasks = list(run.tasks)
+        self.baselines = [*run.config.baselines, *CONTROLS]
+        self.methods = [*self.models, "baselines", "controls"]
+
+    # --- inputs -------------------------------------------------------------------------------------------------------
+
+    def census(self, wildcards) -> list[str]:
+        """The Census on disk that the cells come from; nothing for the public one."""
+        source = self.config.census.source
+        if source == "public":
+            return []
+        return [self.config.census.path] if source == "local" else [f"{self.results}/census/soma"]
+
+    def h5ads(self, wildcards) -> str:
+        """The folder of .h5ad files that the private Census is built from."""
+        return self.config.census.path if self.config.census.source == "h5ad" else f"{self.results}/census/h5ad"
+
+    def gene_table(self, wildcards) -> str:
+        """The gene table that symbols are mapped with."""
+        return self.config.census.gene_table or f"{self.results}/census/genes.csv.gz"
+
+    def blocks(self, wildcards) -> list[str]:
+        """The curated blocks of a selection."""
+        folder = f"{self.results}/selections/{wildcards.cells}/blocks"
+        return [f"{folder}/{block}.parquet" for block in range(self.n_blocks(wildcards))]
+
+    def embeddings(self, wildcards) -> list[str]:
+        """The embeddings that one scoring job weighs: a model beside its untrained twin, all baselines, or all controls."""
+        members = {"baselines": self.config.baselines, "controls": CONTROLS}
+        method = wildcards.method
+        names = members.get(method, [method, f"{method}.untrained"])
+        folder = f"{self.results}/embed/{wildcards.dataset}"
+        return [f"{folder}/{name}/seed{seed}.npy" for name in names for seed in self.seeds]
+
+    def checkpoints(self, wildcards) -> list[str]:
+        """The checkpoints of a model, one per seed."""
+        folder = f"{self.results}/pretrain/{wildcards.model}"
+        return [f"{folder}/seed{seed}/checkpoint.safetensors" for seed in self.seeds]
+
+    def score_tables(self, wildcards=None) -> list[str]:
+        """Every part of the score table."""
+        folder = f"{self.results}/scores"
+        pretraining = [f"{folder}/pretraining/corpus/{model}.parquet" for model in self.models]
+        return pretraining + [
+            f"{folder}/{task}/{dataset}/{method}.parquet"
+            for task in self.tasks
+            for dataset in self.datasets
+            for method in self.methods
+        ]
+
+    def logs(self, wildcards=None) -> list[str]:
+        """The training logs of all models and seeds."""
+        return [f"{self.results}/pretrain/{m}/seed{s}/log.parquet" for m in self.models for s in self.seeds]
+
+    def first_embeddings(self, wildcards=None) -> list[str]:
+        """One embedding of every embedder and data set, for the maps of the report."""
+        names = [*self.models, *(f"{m}.untrained" for m in self.models), *self.config.baselines]
+        return [f"{self.results}/embed/{d}/{name}/seed{self.seeds[0]}.npy" for d in self.datasets for name in names]
+
+    # --- parameters ---------------------------------------------------------------------------------------------------
+
+    def n_blocks(self, wildcards) -> int:
+        """Blocks that the reading of a selection is cut into; a benchmark data set is read in one."""
+        return self.config.corpus.blocks if wildcards.cells == "corpus" else 1
+
+    def selection(self, wildcards) -> dict:
+        """The config section of a selection: the corpus, or a benchmark data set."""
+        if wildcards.cells == "corpus":
+            return self.config.corpus.model_dump(exclude={"genes", "cells_per_shard"})
+        return self.config.datasets[wildcards.cells].model_dump(include={"include", "quality"})
+
+    def held_out(self, wildcards) -> dict[str, dict]:
+        """The benchmark data sets whose cells must not enter the corpus."""
+        if wildcards.cells != "corpus":
+            return {}
+        return {name: dataset.model_dump(include={"include"}) for name, dataset in self.config.datasets.items()}
+
+    def quality(self, wildcards) -> dict:
+        """The QC thresholds of a selection."""
+        section = self.config.corpus if wildcards.cells == "corpus" else self.config.datasets[wildcards.cells]
+        return section.quality.model_dump()
+
+    def recipe(self, wildcards) -> dict:
+        """All that a model is trained by (not how its embeddings are read)."""
+        recipe = asdict(self.run.models[wildcards.model])
+        recipe.pop("embedding")
+        return recipe
+
+    def sizes(self, wildcards) -> dict:
+        """What an untrained model depends on."""
+        recipe = asdict(self.run.models[wildcards.model])
+        return {key: recipe[key] for key in ("architecture", "preset", "sizes")}
+
+    def embedding(self, wildcards) -> dict:
+        """How a model's embeddings are read."""
+        return asdict(self.run.models[wildcards.model].embedding)
+
+    def threads(self, wildcards) -> int:
+        """CPU threads of a model's training."""
+        return self.run.models[wildcards.model].training.threads
+
+    def pretrain_code(self, wildcards) -> str:
+        """Code version of training a model."""
+        return code_version("pretrain", *self._architecture_files(wildcards))
+
+    def embed_code(self, wildcards) -> str:
+        """Code version of embedding with a model."""
+        return code_version("embed_model", *self._architecture_files(wildcards))
+
+    def score_pretraining_code(self, wildcards) -> str:
+        """Code version of a model's held-out losses."""
+        return code_version("score_pretraining", *self._architecture_files(wildcards))
+
+    def score_code(self, wildcards) -> str:
+        """Code version of a task."""
+        return code_version("score", *_module_file("tasks", self.run.tasks[wildcards.task].task))
+
+    def _architecture_files(self, wildcards) -> list[str]:
+        return _module_file("models", self.run.models[wildcards.model].architecture)
+
+    def dataset(self, wildcards) -> dict:
+        """The config section of a benchmark data set."""
+        return self.config.datasets[wildcards.dataset].model_dump()
+
+    def batch(self, wildcards) -> dict:
+        """The columns of a data set that baselines may use."""
+        dataset = self.config.datasets[wildcards.cells]
+        return {"label": dataset.label, "batch": dataset.batch, "min_cells_per_label": dataset.min_cells_per_label}
+
+    def task(self, wildcards) -> dict:
+        """A task and its settings."""
+        return asdict(self.run.tasks[wildcards.task])
+
+    def config_hash(self, wildcards) -> str:
+        """Hash of the part of the config that a scoring job's rows depend on."""
+        model = getattr(wildcards, "model", getattr(wildcards, "method", None))
+        parts = {
+            "census": self.config.census.model_dump(),
+            "corpus": self.config.corpus.model_dump(),
+            "seeds": self.seeds,
+            "model": asdict(self.run.models[model]) if model in self.run.models else model,
+            "dataset": self.config.datasets[wildcards.dataset].model_dump() if hasattr(wildcards, "dataset") else None,
+            "task": asdict(self.run.tasks[wildcards.task]) if hasattr(wildcards, "task") else "pretraining",
+        }
+        return content_hash(parts)
+
+    def resolved(self, wildcards=None) -> dict:
+        """The whole resolved config, for the report."""
+        return {
+            "config": self.config.model_dump(),
+            "models": {name: asdict(recipe) for name, recipe in self.run.models.items()},
+            "tasks": {name: asdict(recipe) for name, recipe in self.run.tasks.items()},
+        }
+
+
+def _module_file(room: str, name: str) -> list[str]:
+    """The source file of an architecture or task of the package; a user's own module (a dotted path) has none here."""
+    return [] if "." in name else [f"{room}/{name}.py"]
+
+
+def one_of(names: list[str]) -> str:
+    """A regular expression of exactly these names, for a wildcard constraint."""
+    return "|".join(re.escape(name) for name in names) or "(?!)"
+
+
+def project_root() -> Path:
+    """The folder of the Snakefile."""
+    return Path(__file__).resolve().parents[2]

@@ -1,0 +1,66 @@
+# Every score of every task is a row of one table.
+
+
+rule score:
+    input:
+        embeddings=flow.embeddings,
+        shards="results/{run}/shards/{dataset}",
+        corpus="results/{run}/shards/corpus",
+    output:
+        "results/{run}/scores/{task}/{dataset}/{method}.parquet",
+    log:
+        "results/{run}/logs/score/{task}-{dataset}-{method}.log",
+    benchmark:
+        "results/{run}/benchmarks/score/{task}-{dataset}-{method}.tsv"
+    conda:
+        "../../envs/evaluate.yaml"
+    params:
+        task=flow.task,
+        dataset=flow.dataset,
+        config_hash=flow.config_hash,
+        code=flow.score_code,
+    script:
+        "../scripts/score.py"
+
+
+rule score_pretraining:
+    input:
+        checkpoints=flow.checkpoints,
+        shards="results/{run}/shards/corpus",
+        statistics="results/{run}/statistics.safetensors",
+    output:
+        "results/{run}/scores/pretraining/corpus/{model}.parquet",
+    log:
+        "results/{run}/logs/score_pretraining/{model}.log",
+    benchmark:
+        "results/{run}/benchmarks/score_pretraining/{model}.tsv"
+    conda:
+        "../../envs/train.yaml"
+    threads: flow.threads
+    params:
+        recipe=flow.recipe,
+        config_hash=flow.config_hash,
+        code=flow.score_pretraining_code,
+    script:
+        "../scripts/score_pretraining.py"
+
+
+rule collect_scores:
+    input:
+        flow.score_tables,
+    output:
+        parquet=report("results/{run}/scores.parquet", category="Scores"),
+        csv=report(
+            "results/{run}/scores.csv",
+            caption="../report/scores.rst",
+            category="Scores",
+            labels={"table": "all scores"},
+        ),
+    log:
+        "results/{run}/logs/collect_scores.log",
+    conda:
+        "../../envs/evaluate.yaml"
+    params:
+        code=code_version("collect_scores"),
+    script:
+        "../scripts/collect_scores.py"
