@@ -16,22 +16,29 @@ class Training:
     batch_size: int = field(default=32, metadata={"description": "Cells per optimiser step.", "ge": 1})
     micro_batch_size: int | None = field(
         default=None,
-        metadata={"description": "Cells per forward pass; gradients are accumulated up to batch_size. Default: all.", "ge": 1},
+        metadata={
+            "description": "Cells per forward pass; gradients are accumulated up to batch_size. Default: all.",
+            "ge": 1,
+        },
     )
     learning_rate: float = field(default=1e-3, metadata={"description": "Peak learning rate.", "gt": 0})
     final_learning_rate_fraction: float = field(
-        default=0.0, metadata={"description": "Learning rate at the last step, as a share of the peak.", "ge": 0, "le": 1}
+        default=0.0,
+        metadata={"description": "Learning rate at the last step, as a share of the peak.", "ge": 0, "le": 1},
     )
     warmup_steps: int = field(default=20, metadata={"description": "Steps of linear warm-up.", "ge": 0})
     weight_decay: float = field(
-        default=0.01, metadata={"description": "Decoupled decay of matrices; biases, norms and embeddings have none.", "ge": 0}
+        default=0.01,
+        metadata={"description": "Decoupled decay of matrices; biases, norms and embeddings have none.", "ge": 0},
     )
     beta1: float = field(default=0.9, metadata={"description": "AdamW's first moment.", "ge": 0, "lt": 1})
     beta2: float = field(default=0.98, metadata={"description": "AdamW's second moment.", "ge": 0, "lt": 1})
     gradient_clip: float = field(default=1.0, metadata={"description": "Largest norm of the gradient.", "gt": 0})
     precision: Literal["auto", "float32", "bfloat16"] = field(
         default="auto",
-        metadata={"description": "Arithmetic of the forward pass; auto: bfloat16 on a GPU that has it, float32 on the CPU."},
+        metadata={
+            "description": "Arithmetic of the forward pass; auto: bfloat16 on a GPU that has it, float32 on the CPU."
+        },
     )
     validate_every: int = field(default=50, metadata={"description": "Steps between validations.", "ge": 1})
     validation_cells: int = field(
@@ -40,8 +47,10 @@ class Training:
     checkpoint_every: int = field(
         default=50, metadata={"description": "Steps between saved states, from which a killed run goes on.", "ge": 1}
     )
+    log_every: int = field(default=1, metadata={"description": "Steps between logged training losses.", "ge": 1})
     threads: int = field(
-        default=1, metadata={"description": "CPU threads; part of the recipe since sums depend on it to the bit.", "ge": 1}
+        default=1,
+        metadata={"description": "CPU threads; part of the recipe since sums depend on it to the bit.", "ge": 1},
     )
 
 
@@ -68,3 +77,9 @@ class ModelRecipe:
     )
     training: Training = field(default_factory=Training, metadata={"description": "How it is trained."})
     embedding: Embedding = field(default_factory=Embedding, metadata={"description": "How embeddings are read."})
+
+    @classmethod
+    def from_dict(cls, content: dict) -> "ModelRecipe":
+        """The recipe from plain data, as it stands in a job's parameters or in a checkpoint's JSON."""
+        parts = {"training": Training, "embedding": Embedding}
+        return cls(**{key: parts[key](**value) if key in parts else value for key, value in content.items()})
