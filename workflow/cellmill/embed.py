@@ -1,0 +1,117 @@
+"""Cell embeddings of a trained model, and the files that hold them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cellmill.device import best_device
+from cellmill.errors import CellmillError
+from cellmill.files import atomic, sha256
+from cellmill.models.base import CellModel, to_device
+from cellmill.progress import Progress
+from cellmill.shards.dataset import Shards
+
+BATCHES_SORTED_TOGETHER = 32
+
+
+def embed_shards(
+    model: CellModel,
+    shards: Shards,
+    split: str,
+    batch_size: int,
+    pooling: str | None = None,
+    progress: bool = True,
+) -> np.ndarray:
+    """Embed every cell of a split, in evaluation mode and float32.
+
+    Cells of similar length are put into one batch, so that little is computed for padding; a cell's embedding depends
+    on neither that nor the batch size, but for rounding.
+
+    Parameters
+    ----------
+    model
+        Moved to `cellmill.device.best_device`; its mode is left as it was.
+    shards, split
+        The cells, with the vocabulary that the model was trained on (``shards.check_vocabulary``).
+    batch_size
+        Cells per forward pass.
+    pooling
+        One of the architecture's poolings; by default its paper's own.
+    progress
+        False keeps silent.
+
+    Returns
+    -------
+    np.ndarray
+        float32 [cells, E], in the order of the shards.
+
+    Raises
+    ------
+    CellmillError
+        If the numbers of genes differ, the split has no cells, or an embedding is not finite.
+    """
+    if shards.n_genes != model.n_genes:
+        raise CellmillError(
+            f"{shards.folder} has {shards.n_genes} genes and the model {model.n_genes}; "
+            "shard the cells with the vocabulary that the model was trained on"
+        )
+    n_cells = shards.n_cells(split)
+    if n_cells == 0:
+        raise CellmillError(f"split '{split}' of {shards.folder} has no cells to embed; loosen its filter or quality")
+    device = best_device()
+    was_training = model.training
+    model.to(device).eval()
+    chunks = []
+    with torch.inference_mode(), Progress(f"embedding {shards.folder.name}", n_cells, show=progress) as bar:
+        n_done = 0
+        for chunk in shards.batches(split, batch_size * BATCHES_SORTED_TOGETHER):
+            order = np.argsort(-chunk.lengths, kind="stable")
+            parts = []
+            for i in range(0, len(chunk), batch_size):
+                inputs = model.embed_inputs(chunk.take(order[i : i + batch_size]))
+                parts.append(model.embed_cells(to_device(inputs, device), pooling).float())
+                n_done += min(batch_size, len(chunk) - i)
+                bar.update(n_done)
+            x_BE = torch.cat(parts).cpu().numpy()
+            chunks.append(x_BE[np.argsort(order, kind="stable")])
+            _check_finite(chunks[-1], chunk.joinids, shards.folder)
+    model.train(was_training)
+    return np.concatenate(chunks)
+
+
+def _check_finite(x_BE: np.ndarray, joinids: np.ndarray, folder: Path) -> None:
+    bad_B = ~np.isfinite(x_BE).all(axis=1)
+    if bad_B.any():
+        raise CellmillError(
+            f"{folder}: the embeddings of {bad_B.sum()} cells are not finite, the first is soma_joinid "
+            f"{joinids[bad_B][0]}; the model has diverged, train it again with a lower training.learning_rate"
+        )
+
+
+def write_embedding(path: Path, x_CE: np.ndarray, meta: dict) -> None:
+    """Write embeddings as ``.npy``, and `meta`, their shape and their SHA-256 as ``.json`` beside it.
+
+    Either file is whole or absent.
+
+    Parameters
+    ----------
+    path
+        Ends in ``.npy``.
+    x_CE
+        Cells by E; written as float32.
+    meta
+        JSON-like provenance.
+
+    Raises
+    ------
+    CellmillError
+        If a file cannot be written.
+    """
+    path = Path(path)
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.ascontiguousarray(x_CE, dtype=np.float32), allow_pickle=False)
+    content = {**meta, "cells": x_CE.shape[0], "width": x_CE.shape[1], "sha256": sha256(path)}
+    with atomic(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))

@@ -1,0 +1,141 @@
+"""An architecture's own loss on held-out cells: of the trained model, its untrained twin and its trivial baseline.
+
+All three are asked at the same positions: what is hidden depends on the seed and the cell alone (``step=None``).
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+
+from cellmill.device import best_device
+from cellmill.errors import CellmillError
+from cellmill.models.base import CellModel, Inputs, Losses, to_device
+from cellmill.shards.batch import CellBatch
+from cellmill.shards.dataset import Shards
+
+TRIVIAL_CELLS = 65536
+
+
+def held_out_losses(
+    model: CellModel, shards: Shards, split: str, batch_size: int, seed: int, max_cells: int | None = None
+) -> dict[str, float]:
+    """The objective on a split, in evaluation mode and float32.
+
+    Parameters
+    ----------
+    model
+        Moved to `best_device`; its mode is left as it was.
+    shards, split
+        Cells that the model was not trained on.
+    batch_size
+        Cells per forward pass.
+    seed
+        Decides which positions are hidden.
+    max_cells
+        At most so many cells, evenly spread over the split; all by default.
+
+    Returns
+    -------
+    dict
+        ``loss`` (the sum of the terms' means, as in training), every term's mean over all its positions, ``cells``.
+
+    Raises
+    ------
+    CellmillError
+        If the split holds no cells, or a loss is not finite.
+    """
+    model.to(best_device())
+    return _finite(mean_losses(model, spread_batches(shards, split, batch_size, max_cells), seed), "the model")
+
+
+def trivial_held_out(
+    model: CellModel,
+    shards: Shards,
+    train_split: str,
+    split: str,
+    batch_size: int,
+    seed: int,
+    max_cells: int | None = None,
+) -> dict[str, float]:
+    """The objective on a split when the architecture's trivial baseline predicts; as `held_out_losses`.
+
+    The baseline (gene frequencies, gene means) is fitted on at most 65,536 cells, evenly spread over `train_split`.
+    """
+    device = best_device()
+    model.to(device)
+    train = spread_batches(shards, train_split, batch_size, TRIVIAL_CELLS)
+    trivial = model.fit_trivial(_inputs(model, batch, seed, device) for batch in train)
+    sums = TermSums()
+    with torch.inference_mode():
+        for batch in spread_batches(shards, split, batch_size, max_cells):
+            sums.add(model.trivial_losses(_inputs(model, batch, seed, device), trivial), len(batch))
+    return _finite(sums.means(), "the trivial baseline")
+
+
+def mean_losses(
+    model: CellModel, batches: Iterable[CellBatch], seed: int, autocast: AbstractContextManager | None = None
+) -> dict[str, float]:
+    """`held_out_losses` on given batches, without the check of finiteness."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    sums = TermSums()
+    with torch.inference_mode(), autocast or nullcontext():
+        for batch in batches:
+            sums.add(model(_inputs(model, batch, seed, device), step=None), len(batch))
+    model.train(was_training)
+    return sums.means()
+
+
+class TermSums:
+    """Sums and counts of loss terms over batches, kept on the model's device so that no batch waits for it."""
+
+    def __init__(self):
+        self._sums, self._counts, self._cells = {}, {}, 0
+
+    def add(self, terms: Losses, n_cells: int) -> None:
+        """Add the terms of one batch of `n_cells`."""
+        self._cells += n_cells
+        for name, term in terms.items():
+            self._sums[name] = self._sums.get(name, 0.0) + term.sum.detach().double()
+            self._counts[name] = self._counts.get(name, 0.0) + term.count.detach().double()
+
+    def means(self) -> dict[str, float]:
+        """``loss``, every term's mean (0 for a term without positions), ``cells``."""
+        terms = {name: float(total / self._counts[name].clamp(min=1)) for name, total in self._sums.items()}
+        return {"loss": sum(terms.values()), **terms, "cells": self._cells}
+
+
+def spread_batches(shards: Shards, split: str, batch_size: int, max_cells: int | None = None) -> Iterator[CellBatch]:
+    """At most `max_cells` cells of a split, evenly spread over it, in shard order and in batches of `batch_size`."""
+    n_cells = shards.n_cells(split) if split in shards.splits else 0
+    if n_cells == 0:
+        raise CellmillError(f"the shards hold no cells of the split '{split}'; set corpus.splits so that it has some")
+    n_kept = min(n_cells, max_cells or n_cells)
+    rows = np.arange(n_kept) * n_cells // n_kept
+    kept, n_waiting, start = [], 0, 0
+    for batch in shards.batches(split, batch_size):
+        first, last = np.searchsorted(rows, [start, start + len(batch)])
+        kept.append(batch.take(rows[first:last] - start))
+        n_waiting += last - first
+        start += len(batch)
+        if n_waiting >= batch_size or start == n_cells:
+            cells = CellBatch.concatenate(kept)
+            n_whole = n_waiting if start == n_cells else n_waiting // batch_size * batch_size
+            for i in range(0, n_whole, batch_size):
+                yield cells.take(np.arange(i, min(i + batch_size, n_whole)))
+            kept, n_waiting = [cells.take(np.arange(n_whole, n_waiting))], n_waiting - n_whole
+
+
+def _inputs(model: CellModel, batch: CellBatch, seed: int, device: torch.device) -> Inputs:
+    return to_device(model.pretrain_inputs(batch, seed=seed, step=None), device)
+
+
+def _finite(losses: dict[str, float], who: str) -> dict[str, float]:
+    if not np.isfinite(losses["loss"]):
+        raise CellmillError(
+            f"the held-out loss of {who} is {losses['loss']}; train again with a lower training.learning_rate"
+        )
+    return losses

@@ -1,0 +1,110 @@
+"""Training state on disk, from which a killed run goes on.
+
+Each state is a folder ``step-NNNNNNNN`` of its own: ``tensors.safetensors``, ``log.parquet`` and ``state.json``, whose
+hashes bind the three. It is written under a temporary name, forced to the disk and renamed, and only then are older
+states removed. So at whatever instant the process dies, the newest folder with a proper name is whole.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from cellmill.checkpoints import write_tensors
+from cellmill.files import sha256, sync, unwritable
+
+TENSORS, LOG, RECORD = "tensors.safetensors", "log.parquet", "state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Everything that the rest of a training run depends on.
+
+    Attributes
+    ----------
+    step
+        Optimiser steps done.
+    seconds
+        Time spent on them, over all processes.
+    genes
+        Expressed genes read in them.
+    loader
+        The loader's ``state_dict()``.
+    tensors
+        Weights, moments and random states by name.
+    log
+        The log so far.
+    """
+
+    step: int
+    seconds: float
+    genes: int
+    loader: dict
+    tensors: dict[str, torch.Tensor]
+    log: pa.Table
+
+
+def save_state(folder: Path, state: State, fingerprint: str) -> None:
+    """Add `state` to `folder`, then remove older states.
+
+    Raises
+    ------
+    CellmillError
+        If it cannot be written; the previous state is then still there.
+    """
+    final, temporary = folder / f"step-{state.step:08d}", folder / f".step-{state.step:08d}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write_tensors(state.tensors, temporary / TENSORS)
+        pq.write_table(state.log, temporary / LOG)
+        record = {
+            "fingerprint": fingerprint,
+            "step": state.step,
+            "seconds": state.seconds,
+            "genes": state.genes,
+            "loader": state.loader,
+            "sha256": {name: sha256(temporary / name) for name in (TENSORS, LOG)},
+        }
+        (temporary / RECORD).write_text(json.dumps(record))
+        for path in (temporary / TENSORS, temporary / LOG, temporary / RECORD, temporary):
+            sync(path)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one that this run did not start from
+        os.rename(temporary, final)
+        sync(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise unwritable(final, error) from error
+    for other in folder.iterdir():
+        if other != final:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def load_state(folder: Path, fingerprint: str) -> tuple[State | None, list[str]]:
+    """The newest usable state under `folder`, and one line for every state that is not used.
+
+    A state is not used when it is damaged, or when it belongs to another recipe, seed, corpus or code (`fingerprint`).
+    """
+    remarks = []
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            record = json.loads((path / RECORD).read_text())
+            if record["fingerprint"] != fingerprint:
+                remarks.append(f"{path} is not used: it belongs to another recipe, seed, corpus or version of the code")
+                continue
+            damaged = [name for name, digest in record["sha256"].items() if sha256(path / name) != digest]
+            if damaged:
+                remarks.append(f"{path} is not used: {damaged[0]} is damaged")
+                continue
+            progress = {key: record[key] for key in ("step", "seconds", "genes", "loader")}
+            return State(**progress, tensors=load_file(path / TENSORS), log=pq.read_table(path / LOG)), remarks
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            remarks.append(f"{path} is not used: it is damaged ({error})")
+    return None, remarks
