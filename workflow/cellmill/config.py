@@ -106,6 +106,8 @@ class Corpus(Section):
     """Jobs that the reading is cut into."""
     cells_per_shard: int = Field(default=65536, ge=1)
     """Cells per parquet file."""
+    shuffle_seed: int = Field(default=0, ge=0)
+    """Seed of the order of the corpus's cells in its shards."""
 
 
 class Dataset(Section):

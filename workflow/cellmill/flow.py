@@ -58,6 +58,15 @@ class Flow:
         folder = f"{self.results}/selections/{wildcards.cells}/blocks"
         return [f"{folder}/{block}.parquet" for block in range(self.n_blocks(wildcards))]
 
+    def block_qcs(self, wildcards) -> list[str]:
+        """The per-cell quality control of the blocks of a selection."""
+        return [path.replace(".parquet", ".qc.parquet") for path in self.blocks(wildcards)]
+
+    def genes_mapping(self, wildcards) -> list[str]:
+        """What the genes of a private Census were mapped to; nothing for a Census that was not built here."""
+        built_here = self.config.census.source in ("demo", "h5ad")
+        return [f"{self.results}/census/genes_mapping.parquet"] if built_here else []
+
     def embeddings(self, wildcards) -> list[str]:
         """The embeddings that one scoring job weighs: a model beside its untrained twin, all baselines, or all controls."""
         members = {"baselines": self.config.baselines, "controls": CONTROLS}
@@ -179,12 +188,15 @@ class Flow:
         return content_hash(parts)
 
     def resolved(self, wildcards=None) -> dict:
-        """The whole resolved config, for the report."""
-        return {
-            "config": self.config.model_dump(),
+        """The whole config with the models and tasks that it names, for the report."""
+        return self.config.model_dump(mode="json") | {
             "models": {name: asdict(recipe) for name, recipe in self.run.models.items()},
             "tasks": {name: asdict(recipe) for name, recipe in self.run.tasks.items()},
         }
+
+    def command(self, configfiles: list[str]) -> str:
+        """The command that makes this run again."""
+        return f"snakemake --cores all --configfile {' '.join(str(path) for path in configfiles)}"
 
 
 def _module_file(room: str, name: str) -> list[str]:

@@ -19,6 +19,7 @@ rule write_report:
             cells=flow.selections,
         ),
         vocabulary="results/{run}/vocabulary.parquet",
+        mapping=flow.genes_mapping,
     output:
         report(
             "results/{run}/report/index.html",
@@ -31,7 +32,10 @@ rule write_report:
     conda:
         "../../envs/report.yaml"
     params:
-        resolved=flow.resolved,
+        selections=flow.selections,
+        benchmarks=f"{flow.results}/benchmarks",
+        config=flow.resolved,
+        command=flow.command(workflow.configfiles),
         code=code_version("report"),
     script:
         "../scripts/write_report.py"

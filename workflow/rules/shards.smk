@@ -29,6 +29,8 @@ rule curate_block:
 rule shards:
     input:
         blocks=flow.blocks,
+        block_qcs=flow.block_qcs,
+        plan="results/{run}/selections/{cells}/plan.parquet",
         summary="results/{run}/selections/{cells}/plan.json",
         vocabulary="results/{run}/vocabulary.parquet",
     output:
@@ -45,6 +47,7 @@ rule shards:
         mem_mb=8000,
     params:
         cells_per_shard=flow.config.corpus.cells_per_shard,
+        seed=flow.config.corpus.shuffle_seed,
         code=code_version("shards"),
     script:
         "../scripts/shards.py"

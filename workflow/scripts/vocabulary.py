@@ -1,0 +1,17 @@
+"""Choose the genes that models of this run know."""
+
+from pathlib import Path
+
+from cellmill.config import Census, Genes
+from cellmill.job import job
+from cellmill.vocabulary import build_vocabulary
+
+with job(snakemake.log[0]):
+    build_vocabulary(
+        Census(**snakemake.params.census),
+        Path(snakemake.input.census[0]) if snakemake.input.census else None,
+        organism=snakemake.params.organism,
+        genes=Genes(**snakemake.params.genes),
+        plan=Path(snakemake.input.plan),
+        out=Path(snakemake.output[0]),
+    )

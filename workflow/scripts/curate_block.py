@@ -1,0 +1,22 @@
+"""Read one block of cells from the Census, finish its quality control, and write it in shard format."""
+
+from pathlib import Path
+
+from cellmill.config import Census, Quality
+from cellmill.job import job
+from cellmill.shards.curate import curate_block
+
+with job(snakemake.log[0]):
+    census = Census(**snakemake.params.census)
+    curate_block(
+        census,
+        Path(snakemake.input.census[0]) if snakemake.input.census else None,
+        plan=Path(snakemake.input.plan),
+        block=int(snakemake.wildcards.block),
+        vocabulary=Path(snakemake.input.vocabulary),
+        organism=snakemake.params.organism,
+        quality=Quality(**snakemake.params.quality),
+        extra_obs=census.extra_obs,
+        out=Path(snakemake.output.cells),
+        qc=Path(snakemake.output.qc),
+    )
