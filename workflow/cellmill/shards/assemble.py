@@ -15,7 +15,6 @@ from cellmill.files import atomic
 from cellmill.qc import MITO_RULE, TABLE_SCHEMA, add_mito_rows, explain_removed
 from cellmill.randomness import hash64
 from cellmill.shards.batch import CellBatch
-from cellmill.shards.curate import SPLIT_COLUMN
 from cellmill.shards.format import ShardWriter, read_shard
 from cellmill.shards.manifest import write_manifest
 from cellmill.splits import ALL
@@ -24,14 +23,16 @@ from cellmill.vocabulary import Vocabulary
 
 def assemble(
     *,
+    plan: Path,
     summary: Path,
     blocks: list[Path],
+    block_qcs: list[Path],
     vocabulary: Path,
     cells_per_shard: int,
+    seed: int,
     out: Path,
     qc: Path,
     qc_cells: Path,
-    seed: int = 0,
 ) -> dict:
     """Write the shards of a selection, its manifest, and the two tables of quality control.
 
@@ -41,23 +42,22 @@ def assemble(
 
     Parameters
     ----------
-    summary
-        ``plan.json`` of the selection.
-    blocks
-        Outputs ``{block}.parquet`` of `cellmill.shards.curate.curate_block`, in the order of the blocks; the
-        ``{block}.qc.parquet`` of each lies beside it.
+    plan, summary
+        ``plan.parquet`` and ``plan.json`` of the selection.
+    blocks, block_qcs
+        Outputs of `cellmill.shards.curate.curate_block`, in the order of the blocks.
     vocabulary
         ``vocabulary.parquet``.
     cells_per_shard
         Cells per file; the last one of a split may hold fewer.
+    seed
+        Key of the shuffle.
     out
         Folder ``shards/{cells}``: ``{split}-00000.parquet``, ..., ``manifest.json``. Replaced as a whole.
     qc
         Parquet ``dataset_id, rule, removed, remaining``, rules in order of application, the first row `selected`.
     qc_cells
         Parquet: the rows of the blocks' QC, in the order of joinids.
-    seed
-        Key of the shuffle.
 
     Returns
     -------
@@ -71,8 +71,7 @@ def assemble(
     """
     content = json.loads(Path(summary).read_text())
     genes = Vocabulary.read(vocabulary)
-    tables = [pq.read_table(Path(block).with_suffix(".qc.parquet")) for block in blocks]
-    cells_qc = pa.concat_tables(tables).unify_dictionaries()
+    cells_qc = pa.concat_tables([pq.read_table(path) for path in block_qcs]).unify_dictionaries()
     rows = add_mito_rows(content["qc"], _removed_by_mito(cells_qc))
     name = content["selection"]
 
@@ -83,7 +82,7 @@ def assemble(
     try:
         splits = {}
         for split in sorted(content["splits"]):
-            cells, obs = _cells_of_split(blocks, split, len(genes))
+            cells, obs = _cells_of_split(plan, blocks, split, len(genes))
             if not len(cells):
                 raise CellmillError(
                     f"{name}: no cell of split '{split}' is left after quality control: {explain_removed(rows)}; relax "
@@ -123,16 +122,16 @@ def _removed_by_mito(cells_qc: pa.Table) -> dict[str, int]:
     return {row["values"]: row["counts"] for row in removed.value_counts().to_pylist()}
 
 
-def _cells_of_split(blocks: list[Path], split: str, n_genes: int) -> tuple[CellBatch, pa.Table]:
+def _cells_of_split(plan: Path, blocks: list[Path], split: str, n_genes: int) -> tuple[CellBatch, pa.Table]:
     """All kept cells of a split, in the order of joinids."""
+    joinids = pq.read_table(plan, columns=["soma_joinid"], filters=[("split", "=", split)])["soma_joinid"].to_numpy()
     batches, tables = [], []
     for block in blocks:
         cells, obs = read_shard(block, n_genes=n_genes)
-        if not len(cells):
-            continue
-        rows = np.flatnonzero(pc.equal(obs[SPLIT_COLUMN].cast(pa.string()), split))
-        batches.append(cells.take(rows))
-        tables.append(obs.drop_columns(["soma_joinid", "total_counts", "n_genes", SPLIT_COLUMN]).take(rows))
+        rows = np.flatnonzero(np.isin(cells.joinids, joinids, assume_unique=True))
+        if len(rows):  # a block without cells lacks the extra columns and cannot be concatenated
+            batches.append(cells.take(rows))
+            tables.append(obs.drop_columns(["soma_joinid", "total_counts", "n_genes"]).take(rows))
     if not batches:
         none = np.zeros(0, np.int64)
         return CellBatch(none, np.zeros(1, np.int64), none, none, none), pa.table({})

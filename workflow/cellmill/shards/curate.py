@@ -23,8 +23,6 @@ from cellmill.vocabulary import Vocabulary, is_mitochondrial
 TILE = 2048
 """Rows of a tile of X in the Census: reads that end at tile edges decompress no tile twice."""
 CELLS_PER_READ = 2048
-SPLIT_COLUMN = "planned_split"
-"""Column of a block that says which split the plan put a cell in."""
 QC_SCHEMA = pa.schema(
     [
         ("soma_joinid", pa.int64()),
@@ -73,7 +71,7 @@ def curate_block(
     extra_obs
         Further columns of obs to keep, where the Census has them.
     out
-        Shard with the cells that are kept, and their split as one more column, `SPLIT_COLUMN`.
+        Shard with the cells that are kept.
     qc
         Parquet with the columns of `QC_SCHEMA`; `removed_by` is null for the cells that are kept.
 
@@ -83,8 +81,7 @@ def curate_block(
         A count is not a non-negative integer, obs and X disagree, or a joinid of the plan is not in the Census.
     """
     genes = Vocabulary.read(vocabulary)
-    planned = pq.read_table(plan, columns=["soma_joinid", "split"], filters=[("block", "=", block)])
-    joinids = planned["soma_joinid"].to_numpy()
+    joinids = pq.read_table(plan, columns=["soma_joinid"], filters=[("block", "=", block)])["soma_joinid"].to_numpy()
     with (
         open_census(census, path) as collection,
         atomic(qc) as qc_temporary,
@@ -97,9 +94,8 @@ def curate_block(
             cells, obs, mito_B = reader.read(joinids[start:stop])
             removed_B = mito_B > quality.max_mito_fraction  # False where the share is NaN
             qc_writer.write_table(_qc_table(cells, obs, mito_B, removed_B))
-            obs = obs.drop_columns(["raw_sum", "nnz"]).append_column(SPLIT_COLUMN, planned["split"][start:stop])
             kept = np.flatnonzero(~removed_B)
-            writer.write(cells.take(kept), obs.take(kept))
+            writer.write(cells.take(kept), obs.drop_columns(["raw_sum", "nnz"]).take(kept))
             progress.update(stop)
 
 
