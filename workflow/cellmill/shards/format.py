@@ -299,7 +299,9 @@ class ShardWriter:
                 continue
             kind = obs.schema.field(name).type
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if name in _PACKED or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            # A column without any value, or of no rows, has the type null.
+            strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+            if name in _PACKED or not strings:
                 raise CellmillError(f"{self.path.name}: column {name} of the metadata must hold strings, not {kind}")
             columns[name] = obs[name].cast(pa.string())
         columns["n_measured_genes"] = measured.cast(pa.int32())

@@ -106,6 +106,8 @@ def read_manifest(folder: str | Path) -> dict:
             f"{path} has format version {manifest.get('version')}, this cellmill reads {VERSION}; update cellmill"
         )
     missing = [key for key in _KEYS if key not in manifest]
+    shards = [shard for split in manifest.get("splits", {}).values() for shard in split]
+    missing += [key for key in _SHARD_KEYS if any(key not in shard for shard in shards)]
     if missing:
         raise CellmillError(f"{path} lacks {', '.join(missing)}; delete the folder and make the shards again")
     _check_files(folder, manifest)
