@@ -135,6 +135,7 @@ class DenseReader:
         self.shape = tuple(stored.shape)
 
     def __call__(self, start: int, stop: int) -> sp.csr_matrix:
+        """Rows `start` to `stop`."""
         return sp.csr_matrix(self._stored[start:stop].astype(np.float32))
 
 
@@ -153,6 +154,7 @@ class SparseReader:
             raise OSError("the row pointers of its sparse matrix do not fit its values")
 
     def __call__(self, start: int, stop: int) -> sp.csr_matrix:
+        """Rows `start` to `stop`."""
         indptr = self._indptr[start : stop + 1]
         span = slice(int(indptr[0]), int(indptr[-1]))
         data, indices = self._data[span].astype(np.float32), self._indices[span]
