@@ -1,0 +1,202 @@
+"""The report on a small run made of real Baron cells: what it says, what it holds, that it asks nothing of the network."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import scipy.sparse as sp
+
+from cellmill import scores
+from cellmill.config import DEMO
+from cellmill.errors import CellmillError
+from cellmill.qc import TABLE_SCHEMA
+from cellmill.report.page import write_report
+from cellmill.shards.batch import CellBatch
+from cellmill.shards.format import OBS_STRINGS, ShardWriter
+from cellmill.shards.manifest import write_manifest
+from cellmill.vocabulary import Vocabulary
+
+METHODS = {  # name: kind, level of its scores, spread over seeds
+    "hvg_pca": ("baseline", 0.95, 0.0),
+    "harmony": ("baseline", 0.91, 0.0),
+    "scgpt-demo": ("model", 0.60, 0.015),
+    "geneformer-demo": ("model", 0.52, 0.02),
+    "scgpt-demo.untrained": ("untrained", 0.55, 0.03),
+    "geneformer-demo.untrained": ("untrained", 0.53, 0.02),
+    "labels": ("control", 1.0, 0.0),
+    "shuffled": ("control", 0.07, 0.004),
+}
+
+
+def cell_batch(adata) -> CellBatch:
+    x = sp.csr_matrix(adata.X).astype(np.int64)
+    x.sort_indices()
+    totals = np.asarray(x.sum(axis=1)).ravel()
+    return CellBatch(np.arange(len(totals)), x.indptr.astype(np.int64), x.indices.astype(np.int64), x.data, totals)
+
+
+def write_shards(folder: Path, splits: dict[str, anndata.AnnData], vocabulary: Vocabulary) -> None:
+    folder.mkdir(parents=True)
+    written = {}
+    for split, adata in splits.items():
+        constant = {name: pa.array(["unknown"] * adata.n_obs) for name in OBS_STRINGS}
+        own = {"dataset_id": adata.obs["dataset_id"], "cell_type": adata.obs["cell_type"], "library": adata.obs["batch"]}
+        columns = constant | {name: pa.array(values.astype(str)) for name, values in own.items()}
+        obs = pa.table(columns | {"n_measured_genes": pa.array(np.full(adata.n_obs, adata.n_vars, np.int32))})
+        writer = ShardWriter(folder / f"{split}-00000.parquet")
+        writer.write(cell_batch(adata), obs)
+        written[split] = [writer.close()]
+    census = {"source": "demo", "version": "test"}
+    n_genes = len(vocabulary)
+    write_manifest(folder, organism="homo_sapiens", census=census, selection={}, vocabulary_hash=vocabulary.hash, n_genes=n_genes, splits=written)
+
+
+def score_rows(seeds, methods=METHODS, datasets=("baron_pancreas",)) -> list[dict]:
+    rows = []
+    rng = np.random.default_rng(0)
+
+    def add(task, dataset, split, model, kind, regime, seed, metric, value, higher=True, reason=None):
+        rows.append(
+            scores.row(
+                run="test", task=task, dataset=dataset, split=split, model=model, kind=kind, regime=regime, seed=seed, metric=metric, value=value,
+                higher_is_better=higher, n=1937, seconds=1.5, reason=reason, seen="no", code_version="c0de", commit="abc", config_hash="c0ff",
+                checkpoint="f00d" if kind == "model" else None,
+            )
+        )  # fmt: skip
+
+    for seed in seeds:
+        for dataset in datasets:
+            for model, (kind, level, spread) in methods.items():
+                for regime in ("zero_shot", "linear_probe"):
+                    for split in ("leave_out:human1_lib1", "leave_out:human1_lib2", "leave_out:human1_lib3", "mean"):
+                        for metric, shift in (("macro_f1", 0), ("accuracy", 0.02), ("balanced_accuracy", -0.01), ("weighted_f1", 0.015)):
+                            value = level + (shift + 0.03 * (regime == "linear_probe")) * (level < 0.96) + spread * rng.normal()
+                            add("annotation", dataset, split, model, kind, regime, seed, metric, value)
+                for metric in ("total", "bio_conservation", "batch_correction", "kbet", "nmi", "ari", "avg_bio", "avg_batch"):
+                    if metric == "kbet" and kind == "untrained":
+                        add("integration", dataset, "all", model, kind, "zero_shot", seed, metric, None, reason="kBET needs two batches per label & <3>")
+                    else:
+                        add("integration", dataset, "all", model, kind, "zero_shot", seed, metric, level * 0.7 + spread * rng.normal())
+        for model in ("scgpt-demo", "geneformer-demo"):
+            for kind, name, level in (("model", model, 5.1), ("untrained", model, 9.2), ("baseline", f"{model}.trivial", 6.0)):
+                for metric, scale in (("loss", 1), ("mlm", 0.7), ("contrast", 0.3)):
+                    value = level * scale + 0.02 * rng.normal() * (kind != "baseline")
+                    add("pretraining", "corpus", "validation", name, kind, "none", seed, metric, value, higher=False)
+    return rows
+
+
+def training_log(seed: int) -> pa.Table:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for step in range(200):
+        loss = 5 + 4.2 * np.exp(-step / 40)
+        rows.append((step, "train", "loss", loss + 0.15 * rng.normal()))
+        rows.append((step, "train", "learning_rate", 1e-3 * min(1, step / 20)))
+        if step % 25 == 0 or step == 199:
+            rows.append((step, "validation", "loss", loss + 0.1 + 0.02 * rng.normal()))
+    frame = pd.DataFrame(rows, columns=["step", "split", "metric", "value"]).assign(seconds=1.0)
+    return pa.Table.from_pandas(frame, preserve_index=False)
+
+
+def make_run(root: Path, data: Path, *, seeds=(0, 1, 2), n_cells=300, methods=METHODS) -> dict:
+    """Fabricate the files of a run around real Baron cells; returns the arguments of `write_report`."""
+    import scanpy as sc
+
+    baron = anndata.read_h5ad(data / "cells" / "baron_h1.h5ad")
+    baron = baron[np.sort(np.random.default_rng(0).permutation(baron.n_obs)[:n_cells]), :2000].copy()
+    baron.obs["dataset_id"] = "baron_pancreas"
+    corpus = baron.copy()
+    corpus.obs["dataset_id"] = np.where(np.arange(n_cells) % 3 == 0, "li_cell_lines", "blood")
+    table = pa.table(
+        {
+            "feature_id": [f"ENSG{i:011d}" for i in range(baron.n_vars)],
+            "feature_name": list(baron.var_names),
+            "feature_type": ["protein_coding"] * baron.n_vars,
+            "feature_length": [1000] * baron.n_vars,
+            "is_mitochondrial": [name.startswith("MT-") for name in baron.var_names],
+        }
+    )
+    root.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, root / "vocabulary.parquet")
+    vocabulary = Vocabulary.read(root / "vocabulary.parquet")
+    write_shards(root / "shards/corpus", {"train": corpus[: n_cells // 2], "validation": corpus[n_cells // 2 :]}, vocabulary)
+    write_shards(root / "shards/baron_pancreas", {"all": baron}, vocabulary)
+
+    sc.pp.normalize_total(baron, target_sum=1e4)
+    sc.pp.log1p(baron)
+    sc.pp.pca(baron, n_comps=30, random_state=0)
+    embeddings = []
+    for i, (model, (kind, _, _)) in enumerate(methods.items()):
+        for seed in seeds:
+            path = root / "embed/baron_pancreas" / model / f"seed{seed}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng(i).normal(size=baron.obsm["X_pca"].shape) * i * 0.6
+            np.save(path, (baron.obsm["X_pca"] + noise).astype(np.float32))
+            path.with_suffix(".json").write_text(json.dumps({"embedder": model, "kind": kind, "seed": seed, "seconds": 3.0}))
+            embeddings.append(path)
+    logs = []
+    for model in ("scgpt-demo", "geneformer-demo"):
+        for seed in seeds:
+            path = root / "pretrain" / model / f"seed{seed}" / "log.parquet"
+            path.parent.mkdir(parents=True)
+            pq.write_table(training_log(seed), path)
+            logs.append(path)
+    qc, qc_cells = [], []
+    rng = np.random.default_rng(0)
+    for name, datasets in {"corpus": ("li_cell_lines", "blood"), "baron_pancreas": ("baron_pancreas",)}.items():
+        folder = root / "selections" / name
+        folder.mkdir(parents=True)
+        rows, remaining = [], {}
+        for dataset in datasets:
+            remaining = n_cells
+            for rule, removed in (("selected", 0), ("held_out", 0), ("primary_only", 0), ("min_counts", 12), ("min_genes", 0), ("max_mito_fraction", 3)):
+                remaining -= removed
+                rows.append({"dataset_id": dataset, "rule": rule, "removed": removed, "remaining": remaining})
+        pq.write_table(pa.Table.from_pylist(rows, TABLE_SCHEMA), folder / "qc.parquet")
+        counts = np.exp(rng.normal(8.3, 0.8, 1500))
+        removed = np.where(counts < 500, "min_counts", None)
+        cells = {"soma_joinid": np.arange(1500), "dataset_id": ["blood"] * 1500, "raw_sum": counts.astype(int), "nnz": (counts**0.85).astype(int)}
+        pq.write_table(pa.table(cells | {"mito_fraction": rng.beta(2, 40, 1500), "removed_by": pa.array(removed)}), folder / "qc_cells.parquet")
+        qc.append(folder / "qc.parquet")
+        qc_cells.append(folder / "qc_cells.parquet")
+    mapping = {"dataset_id": ["blood"] * 4, "gene": list("ABCD"), "feature_id": ["ENSG1", "ENSG2", None, None]}
+    pq.write_table(pa.table(mapping | {"how": ["id", "symbol", "none", "ambiguous"], "n_merged": [1, 1, 0, 0], "counts": [50, 30, 15, 5]}), root / "mapping.parquet")
+    timings = []
+    for rule, jobs in {"pretrain": ["scgpt-demo-seed0", "geneformer-demo-seed0"], "score": ["annotation-baron_pancreas-baselines"], "build_census": [None]}.items():
+        for i, job in enumerate(jobs):
+            path = root / "benchmarks" / (f"{rule}/{job}.tsv" if job else f"{rule}.tsv")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"s\th:m:s\tmax_rss\tmax_vms\tcpu_time\n{30.5 * (i + 1)}\t0:00:30\t{'NA' if job is None else 812.5}\t900\t29.1\n")
+            timings.append(path)
+    rows = score_rows(seeds, methods)
+    scores.write(rows, root / "scores.parquet")
+    (root / "scores.csv").write_text("run\n")
+    config = DEMO.model_copy(update={"run": "test", "seeds": list(seeds)})
+    return {
+        "scores": root / "scores.parquet",
+        "logs": logs,
+        "qc": qc,
+        "qc_cells": qc_cells,
+        "embeddings": embeddings,
+        "shards": {"corpus": root / "shards/corpus", "baron_pancreas": root / "shards/baron_pancreas"},
+        "vocabulary": root / "vocabulary.parquet",
+        "genes_mapping": root / "mapping.parquet",
+        "timings": timings,
+        "config": config.model_dump(mode="json"),
+        "provenance": {
+            "commit": "0123456789abcdef",
+            "config_hash": "c0ff",
+            "versions": {"python": "3.11", "torch": "2.13.0", "snakemake": "9.27.1"},
+            "command": "snakemake --cores 2 --configfile config/demo.yaml",
+        },
+        "out": root / "report" / "index.html",
+    }

@@ -1,0 +1,274 @@
+"""Statistics of the report: means and intervals over seeds, ranks, and which differences are shown.
+
+The interval is Student's t interval of the mean over seeds (n - 1 degrees of freedom). It covers the randomness of the seeds, not the
+choice of cells or donors. Two methods differ only where their intervals do not overlap, which is stricter than a t test
+at the same level; where an interval is missing, nothing is said.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student_t
+
+from cellmill.errors import CellmillError
+
+LEVEL = 0.95
+RANKED = ("model", "untrained", "baseline")
+COMPARISON = ["task", "dataset", "split", "regime", "metric"]
+"""Columns that name one comparison: rows that agree in them may be ranked against each other."""
+METHOD = ["model", "kind"]
+TRACES = ["code_version", "commit", "config_hash", "checkpoint"]
+
+# The metric that a task is first shown by, and read for the headline: regime, split, metric.
+PRIMARY = {
+    "annotation": ("zero_shot", "mean", "macro_f1"),
+    "integration": ("zero_shot", "mean", "total"),
+    "pretraining": ("none", "validation", "loss"),
+}
+SHOWN, NOT_SHOWN, NOT_TESTED = "difference shown", "no difference shown", "not tested"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean over `n` seeds with its 95 % t interval; `low` and `high` are None with fewer than two seeds."""
+
+    n: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    deterministic: bool
+    """More than one seed, and all gave the same value."""
+
+    @classmethod
+    def of(cls, values) -> "Interval":
+        """Interval of the mean of `values`, one per seed; missing values do not count."""
+        values = np.asarray(values, dtype=np.float64)
+        values = values[np.isfinite(values)]
+        n = len(values)
+        if n == 0:
+            return cls(0, None, None, None, False)
+        mean = float(values.mean())
+        if n == 1:
+            return cls(1, mean, None, None, False)
+        if np.ptp(values) == 0:
+            return cls(n, mean, mean, mean, True)
+        half = float(student_t.ppf((1 + LEVEL) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
+        return cls(n, mean, mean - half, mean + half, False)
+
+
+def compare(a, b) -> str:
+    """Say whether the intervals of `a` and `b` (anything with `low` and `high`) show a difference."""
+    if any(pd.isna(end) for end in (a.low, a.high, b.low, b.high)):
+        return NOT_TESTED
+    return SHOWN if a.low > b.high or b.low > a.high else NOT_SHOWN
+
+
+def base_name(model: str) -> str:
+    """The model that an untrained twin or a trivial baseline belongs to."""
+    return model.removesuffix(".untrained").removesuffix(".trivial")
+
+
+def label(model: str, kind: str) -> str:
+    """How a method is written: its name, and that it is untrained."""
+    return f"{base_name(model)}, untrained" if kind == "untrained" else model
+
+
+def number(value: float | None) -> str:
+    """A score as it is printed everywhere: three decimals, a dash where it is missing."""
+    if value is None or pd.isna(value):
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}".replace("-", "−")
+
+
+def with_interval(row) -> str:
+    """A mean with its interval, such as ``0.960 [0.950, 0.970]``."""
+    if pd.isna(row.mean):
+        return "–"
+    if pd.isna(row.low) or row.deterministic:
+        return number(row.mean)
+    return f"{number(row.mean)} [{number(row.low)}, {number(row.high)}]"
+
+
+def summarise(scores: pd.DataFrame) -> pd.DataFrame:
+    """One row per method and comparison: `Interval`, rank and standing against the first.
+
+    Parameters
+    ----------
+    scores
+        The score table (`cellmill.scores`), one row per seed.
+
+    Returns
+    -------
+    pd.DataFrame
+        `COMPARISON` and `METHOD` columns, then ``label, n, mean, low, high, deterministic, values, seeds, rank, of, standing,
+        reason, seen, higher_is_better, cells, seconds`` and `TRACES`. Ranks are among the kinds `RANKED`; ties share the better rank.
+    """
+    if scores.empty:
+        raise CellmillError("the score table is empty, so there is nothing to report; name at least one task in the config")
+    scores = scores.assign(split=scores["split"].fillna("none"), dataset=scores["dataset"].fillna("none"))
+    rows = [
+        dict(zip(COMPARISON + METHOD, key, strict=True)) | _summary(group)
+        for key, group in scores.groupby(COMPARISON + METHOD, sort=False, observed=True)
+    ]
+    summary = pd.DataFrame(rows)
+    summary[["rank", "of", "standing"]] = None
+    for _, group in summary.groupby(COMPARISON, sort=False):
+        ranked = group[group["kind"].isin(RANKED) & group["mean"].notna()]
+        if ranked.empty:
+            continue
+        rank = ranked["mean"].rank(method="min", ascending=not ranked["higher_is_better"].iloc[0]).astype(int)
+        first = ranked.loc[rank.idxmin()]
+        summary.loc[rank.index, "rank"] = rank
+        summary.loc[rank.index, "of"] = len(ranked)
+        summary.loc[rank.index, "standing"] = [
+            "first" if row.Index == first.name else compare(row, first) for row in ranked.itertuples()
+        ]
+    return summary
+
+
+def _summary(group: pd.DataFrame) -> dict:
+    interval = Interval.of(group["value"])
+    found = group.dropna(subset=["value"])
+    return {
+        "label": label(group["model"].iloc[0], group["kind"].iloc[0]),
+        **vars(interval),
+        "values": found["value"].tolist(),
+        "seeds": found["seed"].tolist(),
+        "reason": _distinct(group["reason"]),
+        "seen": _distinct(group["seen"]),
+        "higher_is_better": bool(group["higher_is_better"].iloc[0]),
+        "cells": int(group["n"].max()) if group["n"].notna().any() else None,
+        "seconds": float(group["seconds"].median()) if group["seconds"].notna().any() else None,
+    } | {name: _distinct(group[name]) for name in TRACES}
+
+
+def _distinct(column: pd.Series) -> str:
+    return "; ".join(dict.fromkeys(str(value) for value in column.dropna() if value != ""))
+
+
+def primary(summary: pd.DataFrame, task: str, dataset: str) -> tuple[str, str, str]:
+    """Regime, split and metric that a task and data set are first shown by: those of `PRIMARY` that the table has."""
+    rows = summary[(summary["task"] == task) & (summary["dataset"] == dataset)]
+    wanted = PRIMARY.get(task, ("zero_shot", "mean", ""))
+    chosen = []
+    for column, name in zip(("regime", "split", "metric"), wanted, strict=True):
+        value = name if name in set(rows[column]) else rows[column].iloc[0]
+        rows = rows[rows[column] == value]
+        chosen.append(value)
+    return tuple(chosen)
+
+
+REGIMES = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "fine_tune": "fine-tuned", "supervised": "supervised", "none": ""}
+METRICS = {
+    "macro_f1": "macro-F1",
+    "weighted_f1": "weighted F1",
+    "total": "scIB total",
+    "bio_conservation": "bio conservation",
+    "avg_bio": "AvgBIO",
+    "avg_batch": "AvgBATCH",
+    "loss": "loss",
+}
+
+
+def metric_name(metric: str) -> str:
+    """How a metric is written."""
+    return METRICS.get(metric, metric.replace("_", " "))
+
+
+def regime_name(task: str, regime: str) -> str:
+    """How a regime is written; annotation's zero-shot regime is a nearest-neighbour vote."""
+    name = REGIMES.get(regime, regime.replace("_", " "))
+    return f"{name} kNN" if task == "annotation" and regime == "zero_shot" else name
+
+
+def headline(summary: pd.DataFrame, task: str, dataset: str) -> str:
+    """What the primary metric of one task and data set says, computed from the table: who is first, how the best model stands."""
+    regime, split, metric = primary(summary, task, dataset)
+    rows = summary[
+        (summary[["task", "dataset", "regime", "split", "metric"]] == (task, dataset, regime, split, metric)).all(axis=1)
+    ]
+    where = " ".join(filter(None, (regime_name(task, regime), task)))
+    ranked = rows[rows["rank"].notna()].sort_values("rank", kind="stable")
+    if ranked.empty:
+        return f"On {dataset}, {where} has no {metric_name(metric)} to rank: {_reasons(rows)}."
+    first = ranked.iloc[0]
+    said = f"On {dataset}, {where}: {_subject(first)} ranks first of {len(ranked)} ({metric_name(metric)} {_measured(first)})"
+    models = ranked[ranked["kind"] == "model"]
+    tied = ranked[(ranked["standing"] == NOT_SHOWN) & (ranked["kind"] != "model")]["label"].tolist()
+    if first["kind"] == "model":
+        others = ranked[ranked["standing"] == NOT_SHOWN]["label"].tolist()
+        said += f"; no difference shown between it and {_listed(others)}." if others else "."
+        best = first
+    elif models.empty:
+        said += "; no pretrained model has a score."
+        return said
+    else:
+        said += f"; no difference shown between it and {_listed(tied)}." if tied else "."
+        best = models.iloc[0]
+        said += f" The best pretrained model, {best['label']}, ranks {best['rank']} ({_measured(best)}): {_against_first(best)}."
+    return f"{said} {_against_twin(best, ranked)}".strip()
+
+
+def _subject(row) -> str:
+    kind = {"model": "the pretrained model", "untrained": "the untrained network", "baseline": "the baseline"}[row["kind"]]
+    return f"{kind} {base_name(row['label'].removesuffix(', untrained'))}"
+
+
+def _measured(row) -> str:
+    seeds = f"the same over {row['n']} seeds" if row["deterministic"] else f"{row['n']} seed{'' if row['n'] == 1 else 's'}"
+    return f"{with_interval(row_of(row))}, {seeds}"
+
+
+def row_of(row: pd.Series):
+    """A summary row with its numbers as attributes (a Series has a method called mean)."""
+    return Interval(row["n"], row["mean"], row["low"], row["high"], row["deterministic"])
+
+
+def _against_first(row) -> str:
+    return {
+        SHOWN: "behind, and the intervals do not overlap",
+        NOT_SHOWN: "behind, but the intervals overlap, so no difference is shown",
+        NOT_TESTED: "behind; with a single seed the difference is not tested",
+    }.get(row["standing"], "level with the first")
+
+
+def _against_twin(model, ranked: pd.DataFrame) -> str:
+    twin = ranked[(ranked["kind"] == "untrained") & (ranked["model"].map(base_name) == base_name(model["model"]))]
+    if twin.empty:
+        return ""
+    twin = twin.iloc[0]
+    better = (model["mean"] > twin["mean"]) == model["higher_is_better"] and model["mean"] != twin["mean"]
+    said = {
+        SHOWN: f"Pretraining {'improves it over' if better else 'leaves it worse than'} its untrained twin",
+        NOT_SHOWN: "No difference is shown between it and its untrained twin",
+        NOT_TESTED: f"It is {'above' if model['mean'] > twin['mean'] else 'not above'} its untrained twin, untested",
+    }[compare(row_of(model), row_of(twin))]
+    return f"{said} ({_measured(twin)})."
+
+
+def loss_headline(summary: pd.DataFrame, model: str) -> str | None:
+    """Whether `model`'s held-out loss is below that of its untrained twin and of its trivial baseline; None without a loss."""
+    rows = summary[(summary["task"] == "pretraining") & (summary["metric"] == "loss") & (summary["model"].map(base_name) == model)]
+    rows = rows[rows["mean"].notna()].drop_duplicates("kind").set_index("kind")
+    if "model" not in rows.index:
+        return None
+    own = row_of(rows.loc["model"])
+    said = []
+    for kind, name in (("untrained", "its untrained twin"), ("baseline", "its trivial baseline")):
+        if kind not in rows.index:
+            said.append(f"{name} was not scored")
+            continue
+        other = row_of(rows.loc[kind])
+        side = "below" if own.mean < other.mean else "not below"
+        verdict = {SHOWN: "intervals apart", NOT_SHOWN: NOT_SHOWN, NOT_TESTED: NOT_TESTED}[compare(own, other)]
+        said.append(f"{side} {name} ({with_interval(other)}; {verdict})")
+    return f"{model}: held-out loss {_measured(rows.loc['model'])}; {', '.join(said)}."
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _reasons(rows: pd.DataFrame) -> str:
+    return "; ".join(dict.fromkeys(reason for reason in rows["reason"] if reason)) or "no value and no reason was recorded"
