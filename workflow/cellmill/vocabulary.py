@@ -145,11 +145,11 @@ def build_vocabulary(census, path: Path | None, *, organism: str, genes, plan: P
     CellmillError
         As `choose_genes`.
     """
-    from cellmill.census.read import open_census, open_experiment  # heavy: only this function needs the Census
+    from cellmill.census.read import open_census  # heavy, and only this function reads the Census
 
     datasets = pc.unique(pq.read_table(plan, columns=["dataset_id"])["dataset_id"].cast(pa.string()))
     with open_census(census, path) as collection:
-        rna = open_experiment(collection, organism).ms["RNA"]
+        rna = collection["census_data"][organism].ms["RNA"]
         columns = ["soma_joinid", "feature_id", "feature_name", "feature_type", "feature_length"]
         var = rna.var.read(column_names=columns, result_order="row-major").concat()
         table = collection["census_info"]["datasets"].read(column_names=["soma_joinid", "dataset_id"]).concat()

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cellmill import qc
-from cellmill.census.read import check_terms, describe_census, open_census, open_experiment
+from cellmill.census.read import check_terms, open_census, organism_obs, value_filter
 from cellmill.config import Census, Corpus, Dataset
 from cellmill.errors import CellmillError
 from cellmill.files import atomic
@@ -34,13 +34,6 @@ ROW_GROUP = 1 << 20
 BYTES_PER_NONZERO = 1.2
 """Of shards, predicted from the nonzeros of all genes; see the measurement in docs/log.md."""
 _PASSED = pa.schema([("soma_joinid", pa.int64()), ("unit", pa.int32()), ("nnz", pa.int64())])
-
-
-def value_filter(include: dict[str, list], exclude: dict[str, list]) -> str | None:
-    """The SOMA filter of obs for a selection's terms, or None where there are none."""
-    clauses = [f"{column} in {list(values)!r}" for column, values in include.items() if values]
-    clauses += [f"{column} not in {list(values)!r}" for column, values in exclude.items() if values]
-    return " and ".join(clauses) or None
 
 
 def plan_cells(
@@ -88,14 +81,15 @@ def plan_cells(
     passed.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open_census(census, path) as collection:
-            experiment = open_experiment(collection, organism)
-            obs, condition = experiment.obs, _checked_filter(experiment, selection, name)
-            check_terms(experiment, {"assay": selection.quality.assays}, f"{name}.quality.assays")
+            obs = organism_obs(collection, organism)
+            condition = _checked_filter(collection, organism, selection, name)
+            if selection.quality.assays:
+                _checked(collection, organism, {"assay": selection.quality.assays}, f"{name}.quality.assays")
             held_out = {
-                benchmark: _dataset_cells(obs, _checked_filter(experiment, dataset, benchmark))
+                benchmark: _dataset_cells(obs, _checked_filter(collection, organism, dataset, benchmark))
                 for benchmark, dataset in benchmarks.items()
             }
-            description = describe_census(census, collection)
+            description = _describe(census, collection)
             everything = frozenset(dataset_id for counts in held_out.values() for dataset_id in counts)
             units, counts = _scan(obs, condition, selection.quality, everything, passed)
 
@@ -138,12 +132,33 @@ def plan_cells(
     return content
 
 
-def _checked_filter(experiment, selection: Corpus | Dataset, name: str) -> str | None:
+def _checked_filter(collection, organism: str, selection: Corpus | Dataset, name: str) -> str | None:
     """The selection's filter, once every term of it is known to occur in the Census."""
-    exclude = getattr(selection, "exclude", {})
-    check_terms(experiment, selection.include, f"{name}.include")
-    check_terms(experiment, exclude, f"{name}.exclude")
-    return value_filter(selection.include, exclude)
+    include = _checked(collection, organism, selection.include, f"{name}.include")
+    exclude = _checked(collection, organism, getattr(selection, "exclude", {}), f"{name}.exclude")
+    return value_filter(include, exclude)
+
+
+def _checked(collection, organism: str, terms: dict[str, list], where: str) -> dict[str, list]:
+    try:
+        return check_terms(collection, organism, terms)
+    except CellmillError as error:
+        raise CellmillError(f"{where}: {error}") from error
+
+
+def _describe(census: Census, collection) -> dict:
+    """What identifies the Census, for the manifest.
+
+    A Census that this run built is described without the day that it was built on: same cells, same manifest.
+    """
+    labels = ["census_schema_version", "dataset_schema_version", "total_cell_count"]
+    description = {"source": census.source}
+    if census.source == "public":
+        description["version"] = census.version
+    if census.source in ("public", "local"):
+        labels.append("census_build_date")
+    summary = collection["census_info"]["summary"].read(column_names=["label", "value"]).concat().to_pylist()
+    return description | {row["label"]: row["value"] for row in summary if row["label"] in labels}
 
 
 def _dataset_cells(obs, condition: str | None) -> dict[str, int]:

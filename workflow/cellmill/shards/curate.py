@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 
-from cellmill.census.read import open_census, open_experiment
+from cellmill.census.read import open_census
 from cellmill.config import Census, Quality
 from cellmill.errors import CellmillError
 from cellmill.files import atomic
@@ -103,7 +103,7 @@ class _Reader:
     """Reads planned cells with their metadata, and checks one against the other."""
 
     def __init__(self, collection, organism: str, vocabulary: Vocabulary, extra_obs: list[str]):
-        experiment = open_experiment(collection, organism)
+        experiment = collection["census_data"][organism]
         rna = experiment.ms["RNA"]
         var = rna.var.read(column_names=["soma_joinid", "feature_id", "feature_name"]).concat()
         joinid_V = var["soma_joinid"].to_numpy()
@@ -155,7 +155,7 @@ class _Reader:
         if len(wrong):
             row = wrong[0]
             raise CellmillError(
-                f"data set {dataset_B[row]}, cell {joinids_B[row]} (soma_joinid): obs says {obs['raw_sum'][row]} "
+                f"data set {dataset_B[row]}, cell {joinids_B[row]} (soma_joinid): obs says {obs['raw_sum'][row].as_py():g} "
                 f"counts in {obs['nnz'][row]} genes, X['raw'] holds {total_B[row]} in {nnz_B[row]}; build the "
                 "Census anew"
             )
@@ -218,7 +218,7 @@ def _qc_table(cells: CellBatch, obs: pa.Table, mito_B: np.ndarray, removed_B: np
     columns = [
         cells.joinids,
         obs["dataset_id"].combine_chunks().dictionary_encode(),
-        obs["raw_sum"],
+        cells.totals,
         obs["nnz"],
         pa.array(mito_B, from_pandas=True),  # NaN becomes null
         pa.array([MITO_RULE if removed else None for removed in removed_B], pa.string()),
