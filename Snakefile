@@ -75,7 +75,7 @@ rule all:
 
 
 onsuccess:
-    print(f"done: open {flow.results}/report/index.html")
+    print(f"results are in {flow.results}; the report is {flow.results}/report/index.html")
 
 
 onerror:

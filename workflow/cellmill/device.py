@@ -13,6 +13,17 @@ def best_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def use_threads(threads: int) -> torch.device:
+    """Set the process's CPU threads, make the CPU's operations deterministic, and return the device."""
+    device = best_device()
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    return device
+
+
 def set_up_torch(training: Training) -> tuple[torch.device, AbstractContextManager]:
     """Set the process's threads and determinism; return the device and the context of forward passes.
 
@@ -24,12 +35,7 @@ def set_up_torch(training: Training) -> tuple[torch.device, AbstractContextManag
     CellmillError
         If ``training.precision`` asks for bfloat16 of a GPU that has none.
     """
-    device = best_device()
-    torch.set_num_threads(training.threads)
-    torch.use_deterministic_algorithms(device.type == "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    device = use_threads(training.threads)
     has_bfloat16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if training.precision == "bfloat16" and not has_bfloat16:
         name = torch.cuda.get_device_name(device)

@@ -90,6 +90,19 @@ def _check_finite(x_BE: np.ndarray, joinids: np.ndarray, folder: Path) -> None:
         )
 
 
+def seen(trained_on: list[str], shards: Shards, split: str = "all") -> str:
+    """Whether cells of a split entered a model's pretraining: "yes" if one of its data sets did, else "no".
+
+    Parameters
+    ----------
+    trained_on
+        dataset_id of every data set of the corpus (``checkpoint.json``, ``datasets``).
+    shards, split
+        The cells to be embedded.
+    """
+    return "no" if shards.datasets(split).isdisjoint(trained_on) else "yes"
+
+
 def write_embedding(path: Path, x_CE: np.ndarray, meta: dict) -> None:
     """Write embeddings as ``.npy``, and `meta`, their shape and their SHA-256 as ``.json`` beside it.
 
@@ -115,3 +128,18 @@ def write_embedding(path: Path, x_CE: np.ndarray, meta: dict) -> None:
     content = {**meta, "cells": x_CE.shape[0], "width": x_CE.shape[1], "sha256": sha256(path)}
     with atomic(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(content, indent=1))
+
+
+def read_meta(path: Path) -> dict:
+    """What `write_embedding` wrote beside an embedding.
+
+    Raises
+    ------
+    CellmillError
+        If the ``.json`` is missing or not JSON.
+    """
+    path = Path(path).with_suffix(".json")
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CellmillError(f"{path} cannot be read ({error}); delete the embedding beside it and run again") from error

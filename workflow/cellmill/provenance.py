@@ -14,20 +14,21 @@ PACKAGE = Path(__file__).parent
 # The sources that each kind of job runs, as globs inside the package: an edit to one of them reruns that kind of job.
 _SHARDS = ("errors.py", "randomness.py", "shards/batch.py", "shards/format.py", "shards/manifest.py", "shards/dataset.py")
 _MODELS = ("views.py", "models/__init__.py", "models/base.py", "models/attention.py", "recipes.py", "checkpoints.py")
+_TRAINING = ("device.py", "optimizer.py", "training_state.py", "evaluate_loss.py", "pretrain.py")
 ROOMS = {
     "wheels": ("census/wheels.py",),
     "demo_cells": ("census/wheels.py", "census/demo.py", "census/ontology.py"),
-    "build_census": ("census/build.py", "census/genes.py", "census/ontology.py"),
+    "build_census": ("census/build.py", "census/genes.py", "census/h5ad.py", "census/ontology.py"),
     "plan_cells": ("census/read.py", "census/plan.py", "splits.py", "qc.py"),
     "vocabulary": ("census/read.py", "vocabulary.py"),
     "curate_block": (*_SHARDS, "census/read.py", "shards/curate.py", "qc.py", "vocabulary.py"),
     "shards": (*_SHARDS, "shards/assemble.py", "qc.py", "vocabulary.py"),
     "statistics": (*_SHARDS, "shards/statistics.py"),
-    "pretrain": (*_SHARDS, *_MODELS, "shards/loader.py", "shards/statistics.py", "pretrain.py"),
-    "embed_model": (*_SHARDS, *_MODELS, "embed.py"),
+    "pretrain": (*_SHARDS, *_MODELS, "shards/loader.py", "shards/statistics.py", *_TRAINING),
+    "embed_model": (*_SHARDS, *_MODELS, "device.py", "embed.py"),
     "embed_baseline": (*_SHARDS, "tasks/data.py", "tasks/baselines.py", "tasks/controls.py"),
     "score": (*_SHARDS, "scores.py", "tasks/__init__.py", "tasks/base.py", "tasks/data.py"),
-    "score_pretraining": (*_SHARDS, *_MODELS, "shards/loader.py", "evaluate_loss.py", "scores.py"),
+    "score_pretraining": (*_SHARDS, *_MODELS, "shards/loader.py", "evaluate_loss.py", "pretraining_scores.py", "scores.py"),
     "collect_scores": ("scores.py",),
     "report": ("report/*.py",),
 }

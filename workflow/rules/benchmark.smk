@@ -5,7 +5,6 @@ rule score:
     input:
         embeddings=flow.embeddings,
         shards="results/{run}/shards/{dataset}",
-        corpus="results/{run}/shards/corpus",
     output:
         "results/{run}/scores/{task}/{dataset}/{method}.parquet",
     log:
@@ -18,6 +17,7 @@ rule score:
         task=flow.task,
         dataset=flow.dataset,
         config_hash=flow.config_hash,
+        cache="results/{run}/.jax",
         code=flow.score_code,
     script:
         "../scripts/score.py"

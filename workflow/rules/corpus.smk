@@ -38,6 +38,7 @@ rule build_census:
     input:
         h5ads=flow.h5ads,
         genes=flow.gene_table,
+        wheels="results/{run}/census/wheels",
     output:
         census=directory("results/{run}/census/soma"),
         mapping="results/{run}/census/genes_mapping.parquet",

@@ -14,4 +14,5 @@ with job(snakemake.log[0]):
         organism=snakemake.params.organism,
         extra_obs=list(snakemake.params.extra_obs),
         mapping=Path(snakemake.output.mapping),
+        wheels=Path(snakemake.input.wheels),
     )

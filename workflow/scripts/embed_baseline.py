@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from cellmill.embed import write_embedding
+from cellmill.embed import seen, write_embedding
 from cellmill.job import job
 from cellmill.shards.dataset import Shards
 from cellmill.tasks.baselines import embed_baseline
@@ -18,10 +18,11 @@ with job(snakemake.log[0]):
     else:
         x_CE = embed_baseline(name, target, corpus, batch=snakemake.params.columns["batch"], seed=seed)
     about = {
-        "embedder": name,
+        "model": name,
         "kind": "control" if name in CONTROLS else "baseline",
         "seed": seed,
         "seconds": time.monotonic() - started,
+        "seen": seen(sorted(corpus.datasets("train")), target),
         "checkpoint": None,
     }
     write_embedding(Path(snakemake.output.embedding), x_CE, about)

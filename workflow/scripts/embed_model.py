@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cellmill.checkpoints import load_checkpoint
 from cellmill.device import use_threads
-from cellmill.embed import embed_shards, write_embedding
+from cellmill.embed import embed_shards, seen, write_embedding
 from cellmill.job import job
 from cellmill.recipes import Embedding
 from cellmill.shards.dataset import Shards
@@ -19,10 +19,11 @@ with job(snakemake.log[0]):
     started = time.monotonic()
     x_CE = embed_shards(model, shards, "all", settings.batch_size, settings.pooling)
     about = {
-        "embedder": snakemake.wildcards.model,
+        "model": snakemake.wildcards.model,
         "kind": "model",
         "seed": int(snakemake.wildcards.seed),
         "seconds": time.monotonic() - started,
+        "seen": seen(meta["datasets"], shards),
         "checkpoint": meta["weights_sha256"],
     }
     write_embedding(Path(snakemake.output.embedding), x_CE, about)

@@ -21,10 +21,11 @@ with job(snakemake.log[0]):
     started = time.monotonic()
     x_CE = embed_shards(model, shards, "all", settings.batch_size, settings.pooling)
     about = {
-        "embedder": f"{snakemake.wildcards.model}.untrained",
+        "model": f"{snakemake.wildcards.model}.untrained",
         "kind": "untrained",
         "seed": seed,
         "seconds": time.monotonic() - started,
+        "seen": "no",
         "checkpoint": None,
     }
     write_embedding(Path(snakemake.output.embedding), x_CE, about)

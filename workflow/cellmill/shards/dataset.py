@@ -77,6 +77,10 @@ class Shards:
             raise CellmillError(f"split '{split}' of {self.folder} has no shards; choose cells for it")
         return pa.concat_tables(tables).unify_dictionaries()
 
+    def datasets(self, split: str) -> set[str]:
+        """The dataset_id of every cell of a split."""
+        return set(self.obs(split, ["dataset_id"])["dataset_id"].unique().to_pylist())
+
     def row_groups(self, split: str) -> list[RowGroup]:
         """Every row group of a split, in shard order."""
         return [

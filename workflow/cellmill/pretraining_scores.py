@@ -1,0 +1,81 @@
+"""Score rows of the task ``pretraining``: a model's own loss on held-out cells, beside its untrained twin and its trivial
+baseline (gene frequencies, gene means), all asked at the same hidden positions.
+"""
+
+import time
+from pathlib import Path
+
+from cellmill.checkpoints import build_model, load_checkpoint
+from cellmill.evaluate_loss import held_out_losses, trivial_held_out
+from cellmill.models.base import GeneStatistics
+from cellmill.progress import Progress
+from cellmill.recipes import ModelRecipe
+from cellmill.scores import row
+from cellmill.shards.dataset import Shards
+
+
+def score_pretraining(
+    name: str, checkpoints: list[Path], shards: Shards, statistics: GeneStatistics, provenance: dict
+) -> list[dict]:
+    """Rows for one model: for each seed the trained model, ``NAME.untrained`` and ``NAME.trivial``.
+
+    Parameters
+    ----------
+    name
+        The model.
+    checkpoints
+        Folders of its checkpoints, one per seed.
+    shards
+        The corpus, with splits ``train`` and ``validation``.
+    statistics
+        Those of the corpus.
+    provenance
+        Columns of `cellmill.scores.row` that say where the rows come from: run, code_version, commit, config_hash.
+
+    Returns
+    -------
+    list of dict
+        One row per seed, method and metric (``loss``, the sum of the objective's terms, and each term).
+    """
+    rows = []
+    with Progress(f"held-out loss of {name}", total=3 * len(checkpoints)) as progress:
+        for number, folder in enumerate(checkpoints):
+            model, meta = load_checkpoint(folder)
+            recipe, seed = ModelRecipe.from_dict(meta["recipe"]), meta["seed"]
+            untrained = build_model(recipe, shards.n_genes, statistics, seed)
+            where = (shards, "validation", recipe.embedding.batch_size, seed)
+            methods = {
+                (name, "model"): lambda model=model, where=where: held_out_losses(model, *where),
+                (f"{name}.untrained", "untrained"): lambda model=untrained, where=where: held_out_losses(model, *where),
+                (f"{name}.trivial", "baseline"): lambda model=model, where=where: trivial_held_out(
+                    model, where[0], "train", *where[1:]
+                ),
+            }
+            for done, ((method, kind), losses) in enumerate(methods.items(), start=1):
+                started = time.monotonic()
+                values = losses()
+                n = values.pop("cells")
+                seconds = time.monotonic() - started
+                rows += [
+                    row(
+                        task="pretraining",
+                        dataset="corpus",
+                        split="validation",
+                        model=method,
+                        kind=kind,
+                        regime="none",
+                        seed=seed,
+                        metric=metric,
+                        value=value,
+                        higher_is_better=False,
+                        n=int(n),
+                        seconds=seconds,
+                        reason=None,
+                        seen="no",
+                        checkpoint=meta["weights_sha256"] if kind == "model" else None,
+                        **provenance,
+                    )
+                    for metric, value in values.items()
+                ]
+                progress.update(3 * number + done, f"{method} seed {seed}: {values['loss']:.4f}")
+    return rows
