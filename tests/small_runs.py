@@ -1,13 +1,10 @@
-"""Short pretraining runs on real cells; ``python small_runs.py SHARDS ARCHITECTURE OUT STATE`` is one, in its own process."""
+"""Short pretraining runs on real cells, of a second or so each."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from shard_cells import real_cells, write_shards
-
 from cellmill.checkpoints import vocabulary_hash
 from cellmill.pretrain import pretrain
 from cellmill.recipes import ModelRecipe, Training
@@ -35,6 +32,8 @@ def few_genes(cells: CellBatch) -> CellBatch:
 
 def make_shards(folder: Path, data: Path, cuts: dict[str, np.ndarray], **layout) -> Shards:
     """Shards of Baron's pancreas cells: the rows of each split, in `META`'s vocabulary."""
+    from shard_cells import real_cells, write_shards  # anndata takes seconds to import, and training needs none of it
+
     cells, obs = real_cells(data, "baron_h1")
     cells = few_genes(cells)
     splits = {split: (cells.take(rows), obs.take(rows)) for split, rows in cuts.items()}
@@ -57,7 +56,3 @@ def train(shards: Shards, architecture: str, out: Path, state: Path, seed: int =
     recipe = replace(recipe, training=replace(recipe.training, **training))
     statistics = compute_statistics(shards)
     pretrain(shards, statistics, recipe, name=architecture, seed=seed, out=out, state=state, meta=META)
-
-
-if __name__ == "__main__":
-    train(Shards(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))

@@ -1,0 +1,108 @@
+"""A run that is killed with SIGKILL, at whatever moment, and started again ends as one that was never killed.
+
+Children are forked from a server that has imported torch already, so that each costs its training alone.
+"""
+
+import multiprocessing
+import random
+import signal
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from cellmill.files import sha256
+from killed_runs import child
+from small_runs import RECIPES, make_corpus
+
+# Where a child kills itself: a function that the training calls, in which of its calls, before or after it.
+MOMENTS = [
+    ("cellmill.pretrain:mean_losses", 1, "before"),  # before anything was saved
+    ("cellmill.pretrain:accumulate_gradients", 2, "after"),  # in the second step, between gradient and update
+    ("cellmill.training_state:write_tensors", 1, "half"),  # while the first state is being written
+    ("cellmill.training_state:write_tensors", 1, "after"),  # tensors are there, the log and the record are not
+    ("cellmill.training_state:os.rename", 1, "before"),  # the state is complete under its temporary name
+    ("cellmill.training_state:os.rename", 1, "after"),  # it has its name (step 3), older ones are not removed
+    ("cellmill.training_state:write_tensors", 1, "half"),  # the second state: the first must survive
+    ("cellmill.training_state:os.rename", 1, "after"),  # two complete states, steps 3 and 6
+    ("cellmill.pretrain:accumulate_gradients", 2, "before"),
+    ("cellmill.pretrain:save_state", 2, "after"),  # step 12, the last
+    ("cellmill.checkpoints:write_tensors", 1, "half"),  # while the checkpoint is being written
+    ("cellmill.checkpoints:write_tensors", 1, "after"),
+    ("cellmill.pretrain:save_checkpoint", 1, "after"),  # the checkpoint is there, the log is not
+    ("cellmill.pretrain:shutil.rmtree", 1, "before"),  # all is there, and the state still is
+]
+
+
+@pytest.fixture(scope="module")
+def server(data, tmp_path_factory):
+    """Start a child on a folder of results: ``start(name, folder, moment)``."""
+    corpus = make_corpus(tmp_path_factory.mktemp("corpus"), data)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cellmill.pretrain", "cellmill.models.geneformer", "cellmill.models.scgpt"])
+
+    def start(name, folder, moment=None):
+        arguments = (str(corpus.folder), name, str(folder / "out"), str(folder / "state"), moment)
+        process = context.Process(target=child, args=arguments)
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(server, tmp_path_factory):
+    """The results of a run of each architecture that was never killed, and how long it took, in seconds."""
+    results = {}
+    for name in RECIPES:
+        folder = tmp_path_factory.mktemp(f"{name}-uninterrupted")
+        began = time.monotonic()
+        process = server(name, folder)
+        process.join()
+        assert process.exitcode == 0
+        results[name] = _results(folder), time.monotonic() - began
+    return results
+
+
+def _results(folder: Path) -> tuple:
+    """The weights' hash, the description and the log without its seconds."""
+    log = pq.read_table(folder / "out/log.parquet").drop_columns("seconds")
+    assert not (folder / "state").exists()
+    assert sorted(path.name for path in (folder / "out").iterdir() if not path.name.endswith(".tmp")) == [
+        "checkpoint.json",
+        "checkpoint.safetensors",
+        "log.parquet",
+    ]
+    return sha256(folder / "out/checkpoint.safetensors"), (folder / "out/checkpoint.json").read_text(), log.to_pylist()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_killed_at_every_dangerous_moment(server, uninterrupted, tmp_path, name):
+    for moment in MOMENTS:
+        process = server(name, tmp_path, moment)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, moment
+    process = server(name, tmp_path)
+    process.join()
+    assert process.exitcode == 0
+    assert _results(tmp_path) == uninterrupted[name][0]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_killed_at_random_moments(server, uninterrupted, tmp_path, name):
+    moments = random.Random(name)
+    results, seconds = uninterrupted[name]
+    kills = 0
+    for _ in range(20):
+        process = server(name, tmp_path)
+        process.join(moments.uniform(0.2, 1.0) * seconds)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+        if process.exitcode == 0 or kills == 5:
+            break
+    process = server(name, tmp_path)
+    process.join()
+    assert process.exitcode == 0
+    assert _results(tmp_path) == results
