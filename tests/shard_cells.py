@@ -41,9 +41,9 @@ def write_shards(folder: Path, splits: dict, *, n_genes: int, cells_per_shard: i
     for split, (cells, obs) in splits.items():
         written[split] = []
         for number, start in enumerate(range(0, len(cells), cells_per_shard)):
-            rows = np.arange(start, min(start + cells_per_shard, len(cells)))
+            stop = min(start + cells_per_shard, len(cells))
             with ShardWriter(folder / f"{split}-{number:05d}.parquet", row_group=row_group) as writer:
-                writer.write(cells.take(rows), obs.slice(start, len(rows)))
+                writer.write(cells.slice(start, stop), obs.slice(start, stop - start))
             written[split].append(writer.close())
     write_manifest(
         folder,

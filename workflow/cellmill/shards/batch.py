@@ -45,6 +45,18 @@ class CellBatch:
         """int64 [N], the batch row (0..B-1) that each nonzero belongs to."""
         return np.repeat(np.arange(len(self)), self.lengths)
 
+    def slice(self, start: int, stop: int) -> "CellBatch":
+        """The cells ``start:stop``; nonzeros are views, not copies."""
+        offsets = self.offsets[start : stop + 1]
+        within = slice(offsets[0], offsets[-1])
+        return CellBatch(
+            joinids=self.joinids[start:stop],
+            offsets=offsets - offsets[0],
+            genes=self.genes[within],
+            counts=self.counts[within],
+            totals=self.totals[start:stop],
+        )
+
     def take(self, rows: np.ndarray) -> "CellBatch":
         """The cells at `rows` (integers), in that order."""
         rows = np.asarray(rows, dtype=np.int64)

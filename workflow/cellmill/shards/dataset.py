@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
 
 from cellmill.errors import CellmillError
@@ -125,7 +124,7 @@ class Shards:
             position, start = start, 0
             while position < len(cells):
                 taken = min(batch_size - n_waiting, len(cells) - position)
-                waiting.append(cells.take(np.arange(position, position + taken)))
+                waiting.append(cells.slice(position, position + taken))
                 position += taken
                 n_waiting += taken
                 if n_waiting == batch_size:

@@ -7,7 +7,6 @@ Legend: B cells, N nonzeros of all cells together, E cells that are not empty, O
 """
 
 import contextlib
-import hashlib
 import os
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cellmill.errors import CellmillError
+from cellmill.files import sha256, sync, unwritable
 from cellmill.shards.batch import CellBatch
 
 FORMAT, VERSION = "cellmill-shard", 1
@@ -233,10 +233,8 @@ class ShardWriter:
         cells, obs = CellBatch.concatenate(self._cells), pa.concat_tables(self._obs)
         whole = self._waiting // self.row_group * self.row_group
         for start in range(0, whole, self.row_group):
-            self._write_row_group(
-                cells.take(np.arange(start, start + self.row_group)), obs.slice(start, self.row_group)
-            )
-        self._cells, self._obs = [cells.take(np.arange(whole, len(cells)))], [obs.slice(whole)]
+            self._write_row_group(cells.slice(start, start + self.row_group), obs.slice(start, self.row_group))
+        self._cells, self._obs = [cells.slice(whole, len(cells))], [obs.slice(whole)]
         self._waiting -= whole
 
     def close(self) -> dict:
@@ -253,20 +251,19 @@ class ShardWriter:
             if self._waiting:
                 self._write_row_group(CellBatch.concatenate(self._cells), pa.concat_tables(self._obs))
             self._open().close()
-            with self._temporary.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            sync(self._temporary)
             self._info = {
                 "file": self.path.name,
                 "cells": sum(self._row_groups),
                 "nonzeros": self._nonzeros,
                 "bytes": self._temporary.stat().st_size,
-                "sha256": sha256,
+                "sha256": sha256(self._temporary),
                 "row_groups": self._row_groups,
             }
             os.replace(self._temporary, self.path)
         except OSError as error:
             self._abort()
-            raise self._not_written(error) from error
+            raise unwritable(self.path, error) from error
         except BaseException:
             self._abort()
             raise
@@ -286,7 +283,7 @@ class ShardWriter:
         measured = obs["n_measured_genes"]
         if not pa.types.is_integer(measured.type) or measured.null_count:
             raise CellmillError(f"{self.path.name}: column n_measured_genes must hold integers and no nulls")
-        sums_B = np.bincount(cells.cell_of, weights=cells.counts, minlength=len(cells))
+        sums_B = np.diff(np.concatenate([[0], np.cumsum(cells.counts)])[cells.offsets])
         if (sums_B > cells.totals).any() or (cells.lengths > measured.to_numpy()).any():
             raise CellmillError(
                 f"{self.path.name}: a cell has more counts or genes in the vocabulary than in all measured genes"
@@ -316,6 +313,7 @@ class ShardWriter:
         if self._writer is None:
             schema = self._schema or _schema([])
             strings = [field.name for field in schema if field.type == _STRING]
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._writer = pq.ParquetWriter(
                 self._temporary,
                 schema,
@@ -341,13 +339,9 @@ class ShardWriter:
         try:
             self._open().write_table(table, row_group_size=self.row_group)
         except OSError as error:
-            raise self._not_written(error) from error
+            raise unwritable(self.path, error) from error
         self._row_groups.append(len(cells))
         self._nonzeros += len(cells.genes)
-
-    def _not_written(self, error: OSError) -> CellmillError:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        return CellmillError(f"shard {self.path} could not be written ({reason}); mend this and run again")
 
     def _abort(self) -> None:
         """Leave nothing behind."""

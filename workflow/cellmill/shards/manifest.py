@@ -1,12 +1,11 @@
 """``manifest.json``: what a folder of shards holds and where it came from (``docs/shards.md``)."""
 
-import hashlib
 import json
-import os
 from pathlib import Path
 
 import cellmill
 from cellmill.errors import CellmillError
+from cellmill.files import atomic, sha256
 from cellmill.shards.format import MAX_GENES
 
 NAME = "manifest.json"
@@ -70,15 +69,8 @@ def write_manifest(
         "totals": {key: sum(shard[key] for shard in shards) for key in ("cells", "nonzeros", "bytes")},
     }
     _check_files(folder, manifest)
-    temporary = folder / (NAME + ".tmp")
-    try:
+    with atomic(folder / NAME) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / NAME)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CellmillError(
-            f"{folder / NAME} could not be written ({error.strerror}); mend this and run again"
-        ) from error
     return manifest
 
 
@@ -125,11 +117,10 @@ def verify_checksums(folder: str | Path) -> None:
     folder = Path(folder)
     for shards in read_manifest(folder)["splits"].values():
         for shard in shards:
-            with (folder / shard["file"]).open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            if sha256 != shard["sha256"]:
+            found = sha256(folder / shard["file"])
+            if found != shard["sha256"]:
                 raise CellmillError(
-                    f"shard {folder / shard['file']} is corrupt: its SHA-256 is {sha256}, the manifest's is"
+                    f"shard {folder / shard['file']} is corrupt: its SHA-256 is {found}, the manifest's is"
                     f" {shard['sha256']}; delete it and run again"
                 )
 

@@ -6,7 +6,6 @@ Legend: V genes in the vocabulary, N nonzeros of a batch, Q bins, G genes of a c
 """
 
 import json
-import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cellmill.errors import CellmillError
+from cellmill.files import atomic
 from cellmill.models.base import GeneStatistics
 from cellmill.shards.dataset import Shards
 
@@ -105,17 +105,11 @@ def _order_statistic(below_GQ: np.ndarray, rank_G: np.ndarray) -> np.ndarray:
 
 def save_statistics(path: str | Path, statistics: GeneStatistics, vocabulary_hash: str) -> None:
     """Write `statistics` as safetensors; the header says which vocabulary its rows are of."""
-    path = Path(path)
     tensors = {field.name: getattr(statistics, field.name).contiguous() for field in fields(GeneStatistics)}
     # One key only: the order of several in the header is not fixed.
     header = {"format": FORMAT, "version": VERSION, "vocabulary_hash": vocabulary_hash}
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with atomic(path) as temporary:
         save_file(tensors, temporary, {"cellmill": json.dumps(header)})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise CellmillError(f"{path} could not be written ({error}); mend this and run again") from error
 
 
 def load_statistics(path: str | Path, vocabulary_hash: str | None = None) -> GeneStatistics:

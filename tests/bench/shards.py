@@ -1,0 +1,89 @@
+"""Speed and size of shards on real cells, one thread: ``python tests/bench/shards.py``.
+
+The limit to compare with, in the same run: pyarrow reading the same columns without unpacking them.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import numpy as np  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+from cellmill.shards.dataset import Shards  # noqa: E402
+from cellmill.shards.format import ShardWriter  # noqa: E402
+from cellmill.shards.loader import Loader  # noqa: E402
+from cellmill.shards.statistics import compute_statistics  # noqa: E402
+from shard_cells import real_cells, write_shards  # noqa: E402
+
+COLUMNS = ["soma_joinid", "total_counts", "n_genes", "genes", "counts", "counts_overflow"]
+
+
+def best(job, repeats: int) -> float:
+    """Seconds of the fastest of some runs."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        job()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def main() -> None:
+    """Measure and print one table."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--data", type=Path, default=os.environ.get("CELLMILL_DATA", ROOT.parent / "shared" / "data"))
+    options.add_argument("--cells", default="baron_h1", help="name of a file of cells/")
+    options.add_argument("--copies", type=int, default=8, help="times that its cells are written")
+    options.add_argument("--repeats", type=int, default=3, help="runs of which the fastest counts")
+    given = options.parse_args()
+
+    cells, obs = real_cells(given.data, given.cells)
+    rows = np.random.default_rng(0).permutation(np.tile(np.arange(len(cells)), given.copies))
+    cells, obs = cells.take(rows), obs.take(rows)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "all-00000.parquet"
+
+        def write():
+            with ShardWriter(path) as writer:
+                writer.write(cells, obs)
+
+        jobs = {"write": best(write, given.repeats)}
+        path.unlink()
+        n_genes = int(cells.genes.max()) + 1
+        shards = Shards(write_shards(Path(folder), {"all": (cells, obs)}, n_genes=n_genes, cells_per_shard=len(cells)))
+
+        def read_packed():
+            with pq.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    file.read_row_group(group, columns=COLUMNS, use_threads=False)
+
+        def load():
+            with Loader(shards, "all", 64, seed=0) as loader:
+                for _ in range(len(cells) // 64):
+                    next(loader)
+
+        jobs |= {
+            "limit: pyarrow, packed columns": best(read_packed, given.repeats),
+            "read in order, unpacked": best(lambda: list(map(len, shards.batches("all", 2048))), given.repeats),
+            "loader, shuffled batches of 64": best(load, given.repeats),
+            "statistics": best(lambda: compute_statistics(shards, "all"), given.repeats),
+        }
+        shard = shards.manifest["splits"]["all"][0]
+    per_cell = len(cells.genes) / len(cells)
+    print(f"{given.cells} x {given.copies}: {len(cells):,} cells, {per_cell:,.0f} nonzeros per cell")
+    print(f"{shard['bytes'] / shard['nonzeros']:.3f} bytes per nonzero (copies lie in different places)\n")
+    print(f"{'job':34}{'cells/s':>10}{'Mnonzeros/s':>13}{'of limit':>10}")
+    for name, seconds in jobs.items():
+        share = jobs["limit: pyarrow, packed columns"] / seconds
+        print(f"{name:34}{len(cells) / seconds:>10,.0f}{len(cells.genes) / seconds / 1e6:>13,.1f}{share:>10.0%}")
+
+
+if __name__ == "__main__":
+    main()
