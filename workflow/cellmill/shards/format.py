@@ -44,6 +44,8 @@ _STRING = pa.dictionary(pa.int32(), pa.string())
 _FROM_CELLS = ("soma_joinid", "total_counts", "n_genes")
 _PACKED = ("genes", "counts", "counts_overflow")
 _OVERFLOWN = 255
+_DAMAGE = (pa.ArrowException, OSError, ValueError)
+"""What pyarrow raises on a damaged file."""
 
 
 def encode_cells(cells: CellBatch) -> dict[str, pa.Array]:
@@ -368,7 +370,7 @@ def _open_shard(path: Path) -> pq.ParquetFile:
         raise CellmillError(f"shard {path} does not exist; run the rule that makes it again")
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+    except _DAMAGE as error:
         raise _corrupt(str(path), " ".join(str(error).split())) from error
     metadata = file.schema_arrow.metadata or {}
     if metadata.get(b"cellmill.format") != FORMAT.encode():
@@ -378,6 +380,9 @@ def _open_shard(path: Path) -> pq.ParquetFile:
         raise CellmillError(
             f"shard {path} has format version {version}, this cellmill reads {VERSION}; update cellmill"
         )
+    missing = [name for name in _schema([]).names if name not in file.schema_arrow.names]
+    if missing:
+        raise _corrupt(str(path), f"it has no column {', '.join(missing)}")
     return file
 
 
@@ -397,7 +402,7 @@ def read_obs(path: str | Path, columns: list[str] | None = None) -> pa.Table:
         names = _obs_names(file, columns, path)
         try:
             return file.read(columns=names, use_threads=False).unify_dictionaries()
-        except (pa.ArrowException, OSError) as error:
+        except _DAMAGE as error:
             raise _corrupt(str(path), " ".join(str(error).split())) from error
 
 
@@ -436,7 +441,7 @@ def read_row_groups(
         for group in groups:
             try:
                 table = file.read_row_group(group, columns=wanted, use_threads=False)
-            except (pa.ArrowException, OSError) as error:
+            except _DAMAGE as error:
                 raise _corrupt(str(path), " ".join(str(error).split())) from error
             batches.append(decode_cells(table, str(path), n_genes))
             tables.append(table.select(names))
