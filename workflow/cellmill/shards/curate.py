@@ -23,6 +23,7 @@ from cellmill.vocabulary import Vocabulary, is_mitochondrial
 TILE = 2048
 """Rows of a tile of X in the Census: reads that end at tile edges decompress no tile twice."""
 CELLS_PER_READ = 2048
+STALE_PLAN = "the plan names cells that this Census does not have; plan the selection anew"
 QC_SCHEMA = pa.schema(
     [
         ("soma_joinid", pa.int64()),
@@ -151,13 +152,13 @@ class _Reader:
         count_N = count_N.astype(np.int64)
         total_B = np.bincount(row_N, weights=count_N, minlength=len(joinids_B)).astype(np.int64)
         nnz_B = np.bincount(row_N[count_N > 0], minlength=len(joinids_B))
-        wrong = np.flatnonzero((total_B != obs["raw_sum"].to_numpy()) | (nnz_B != obs["nnz"].to_numpy()))
+        raw_sum_B = obs["raw_sum"].to_numpy()
+        wrong = np.flatnonzero((total_B != raw_sum_B) | (nnz_B != obs["nnz"].to_numpy()))
         if len(wrong):
             row = wrong[0]
             raise CellmillError(
-                f"data set {dataset_B[row]}, cell {joinids_B[row]} (soma_joinid): obs says {obs['raw_sum'][row].as_py():g} "
-                f"counts in {obs['nnz'][row]} genes, X['raw'] holds {total_B[row]} in {nnz_B[row]}; build the "
-                "Census anew"
+                f"data set {dataset_B[row]}, cell {joinids_B[row]} (soma_joinid): obs says {raw_sum_B[row]:.0f} counts "
+                f"in {obs['nnz'][row]} genes, X['raw'] holds {total_B[row]} in {nnz_B[row]}; build the Census anew"
             )
         mito_B = np.bincount(row_N, weights=count_N * self.is_mito[var_N], minlength=len(joinids_B))
         mito_B /= np.maximum(total_B, 1)
@@ -177,12 +178,14 @@ class _Reader:
         return cells, obs, mito_B
 
     def _read_obs(self, coords, joinids_B: np.ndarray) -> pa.Table:
+        if joinids_B[-1] > self.obs.domain[0][1]:
+            raise CellmillError(STALE_PLAN)
         names = ["soma_joinid", *self.strings, "n_measured_vars", "raw_sum", "nnz"]
         table = self.obs.read((coords,), column_names=names, result_order="row-major").concat()
         found = table["soma_joinid"].to_numpy()
         rows = np.minimum(np.searchsorted(found, joinids_B), max(len(found) - 1, 0))
         if not len(found) or (found[rows] != joinids_B).any():
-            raise CellmillError("the plan names cells that this Census does not have; plan the selection anew")
+            raise CellmillError(STALE_PLAN)
         table = table.take(rows)
         columns = {name: table[name].cast(pa.string()) for name in self.strings}
         columns["organism"] = pa.array([self.organism] * len(table))
