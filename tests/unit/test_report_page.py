@@ -49,7 +49,11 @@ def write_shards(folder: Path, splits: dict[str, anndata.AnnData], vocabulary: V
     written = {}
     for split, adata in splits.items():
         constant = {name: pa.array(["unknown"] * adata.n_obs) for name in OBS_STRINGS}
-        own = {"dataset_id": adata.obs["dataset_id"], "cell_type": adata.obs["cell_type"], "library": adata.obs["batch"]}
+        own = {
+            "dataset_id": adata.obs["dataset_id"],
+            "cell_type": adata.obs["cell_type"],
+            "library": adata.obs["batch"],
+        }
         columns = constant | {name: pa.array(values.astype(str)) for name, values in own.items()}
         obs = pa.table(columns | {"n_measured_genes": pa.array(np.full(adata.n_obs, adata.n_vars, np.int32))})
         writer = ShardWriter(folder / f"{split}-00000.parquet")
@@ -57,7 +61,15 @@ def write_shards(folder: Path, splits: dict[str, anndata.AnnData], vocabulary: V
         written[split] = [writer.close()]
     census = {"source": "demo", "version": "test"}
     n_genes = len(vocabulary)
-    write_manifest(folder, organism="homo_sapiens", census=census, selection={}, vocabulary_hash=vocabulary.hash, n_genes=n_genes, splits=written)
+    write_manifest(
+        folder,
+        organism="homo_sapiens",
+        census=census,
+        selection={},
+        vocabulary_hash=vocabulary.hash,
+        n_genes=n_genes,
+        splits=written,
+    )
 
 
 def score_rows(seeds, methods=METHODS, datasets=("baron_pancreas",)) -> list[dict]:
@@ -78,16 +90,59 @@ def score_rows(seeds, methods=METHODS, datasets=("baron_pancreas",)) -> list[dic
             for model, (kind, level, spread) in methods.items():
                 for regime in ("zero_shot", "linear_probe"):
                     for split in ("leave_out:human1_lib1", "leave_out:human1_lib2", "leave_out:human1_lib3", "mean"):
-                        for metric, shift in (("macro_f1", 0), ("accuracy", 0.02), ("balanced_accuracy", -0.01), ("weighted_f1", 0.015)):
-                            value = level + (shift + 0.03 * (regime == "linear_probe")) * (level < 0.96) + spread * rng.normal()
+                        for metric, shift in (
+                            ("macro_f1", 0),
+                            ("accuracy", 0.02),
+                            ("balanced_accuracy", -0.01),
+                            ("weighted_f1", 0.015),
+                        ):
+                            value = (
+                                level
+                                + (shift + 0.03 * (regime == "linear_probe")) * (level < 0.96)
+                                + spread * rng.normal()
+                            )
                             add("annotation", dataset, split, model, kind, regime, seed, metric, value)
-                for metric in ("total", "bio_conservation", "batch_correction", "kbet", "nmi", "ari", "avg_bio", "avg_batch"):
+                for metric in (
+                    "total",
+                    "bio_conservation",
+                    "batch_correction",
+                    "kbet",
+                    "nmi",
+                    "ari",
+                    "avg_bio",
+                    "avg_batch",
+                ):
                     if metric == "kbet" and kind == "untrained":
-                        add("integration", dataset, "all", model, kind, "zero_shot", seed, metric, None, reason="kBET needs two batches per label & <3>")
+                        add(
+                            "integration",
+                            dataset,
+                            "all",
+                            model,
+                            kind,
+                            "zero_shot",
+                            seed,
+                            metric,
+                            None,
+                            reason="kBET needs two batches per label & <3>",
+                        )
                     else:
-                        add("integration", dataset, "all", model, kind, "zero_shot", seed, metric, level * 0.7 + spread * rng.normal())
+                        add(
+                            "integration",
+                            dataset,
+                            "all",
+                            model,
+                            kind,
+                            "zero_shot",
+                            seed,
+                            metric,
+                            level * 0.7 + spread * rng.normal(),
+                        )
         for model in ("scgpt-demo", "geneformer-demo"):
-            for kind, name, level in (("model", model, 5.1), ("untrained", model, 9.2), ("baseline", f"{model}.trivial", 6.0)):
+            for kind, name, level in (
+                ("model", model, 5.1),
+                ("untrained", model, 9.2),
+                ("baseline", f"{model}.trivial", 6.0),
+            ):
                 for metric, scale in (("loss", 1), ("mlm", 0.7), ("contrast", 0.3)):
                     value = level * scale + 0.02 * rng.normal() * (kind != "baseline")
                     add("pretraining", "corpus", "validation", name, kind, "none", seed, metric, value, higher=False)
@@ -128,7 +183,9 @@ def make_run(root: Path, data: Path, *, seeds=(0, 1, 2), n_cells=300, methods=ME
     root.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, root / "vocabulary.parquet")
     vocabulary = Vocabulary.read(root / "vocabulary.parquet")
-    write_shards(root / "shards/corpus", {"train": corpus[: n_cells // 2], "validation": corpus[n_cells // 2 :]}, vocabulary)
+    write_shards(
+        root / "shards/corpus", {"train": corpus[: n_cells // 2], "validation": corpus[n_cells // 2 :]}, vocabulary
+    )
     write_shards(root / "shards/baron_pancreas", {"all": baron}, vocabulary)
 
     sc.pp.normalize_total(baron, target_sum=1e4)
@@ -141,7 +198,9 @@ def make_run(root: Path, data: Path, *, seeds=(0, 1, 2), n_cells=300, methods=ME
             path.parent.mkdir(parents=True, exist_ok=True)
             noise = np.random.default_rng(i).normal(size=baron.obsm["X_pca"].shape) * i * 0.6
             np.save(path, (baron.obsm["X_pca"] + noise).astype(np.float32))
-            path.with_suffix(".json").write_text(json.dumps({"embedder": model, "kind": kind, "seed": seed, "seconds": 3.0}))
+            path.with_suffix(".json").write_text(
+                json.dumps({"embedder": model, "kind": kind, "seed": seed, "seconds": 3.0})
+            )
             embeddings.append(path)
     logs = []
     for model in ("scgpt-demo", "geneformer-demo"):
@@ -158,24 +217,51 @@ def make_run(root: Path, data: Path, *, seeds=(0, 1, 2), n_cells=300, methods=ME
         rows, remaining = [], {}
         for dataset in datasets:
             remaining = n_cells
-            for rule, removed in (("selected", 0), ("held_out", 0), ("primary_only", 0), ("min_counts", 12), ("min_genes", 0), ("max_mito_fraction", 3)):
+            for rule, removed in (
+                ("selected", 0),
+                ("held_out", 0),
+                ("primary_only", 0),
+                ("min_counts", 12),
+                ("min_genes", 0),
+                ("max_mito_fraction", 3),
+            ):
                 remaining -= removed
                 rows.append({"dataset_id": dataset, "rule": rule, "removed": removed, "remaining": remaining})
         pq.write_table(pa.Table.from_pylist(rows, TABLE_SCHEMA), folder / "qc.parquet")
         counts = np.exp(rng.normal(8.3, 0.8, 1500))
         removed = np.where(counts < 500, "min_counts", None)
-        cells = {"soma_joinid": np.arange(1500), "dataset_id": ["blood"] * 1500, "raw_sum": counts.astype(int), "nnz": (counts**0.85).astype(int)}
-        pq.write_table(pa.table(cells | {"mito_fraction": rng.beta(2, 40, 1500), "removed_by": pa.array(removed)}), folder / "qc_cells.parquet")
+        cells = {
+            "soma_joinid": np.arange(1500),
+            "dataset_id": ["blood"] * 1500,
+            "raw_sum": counts.astype(int),
+            "nnz": (counts**0.85).astype(int),
+        }
+        pq.write_table(
+            pa.table(cells | {"mito_fraction": rng.beta(2, 40, 1500), "removed_by": pa.array(removed)}),
+            folder / "qc_cells.parquet",
+        )
         qc.append(folder / "qc.parquet")
         qc_cells.append(folder / "qc_cells.parquet")
     mapping = {"dataset_id": ["blood"] * 4, "gene": list("ABCD"), "feature_id": ["ENSG1", "ENSG2", None, None]}
-    pq.write_table(pa.table(mapping | {"how": ["id", "symbol", "none", "ambiguous"], "n_merged": [1, 1, 0, 0], "counts": [50, 30, 15, 5]}), root / "mapping.parquet")
+    pq.write_table(
+        pa.table(
+            mapping
+            | {"how": ["id", "symbol", "none", "ambiguous"], "n_merged": [1, 1, 0, 0], "counts": [50, 30, 15, 5]}
+        ),
+        root / "mapping.parquet",
+    )
     timings = []
-    for rule, jobs in {"pretrain": ["scgpt-demo-seed0", "geneformer-demo-seed0"], "score": ["annotation-baron_pancreas-baselines"], "build_census": [None]}.items():
+    for rule, jobs in {
+        "pretrain": ["scgpt-demo-seed0", "geneformer-demo-seed0"],
+        "score": ["annotation-baron_pancreas-baselines"],
+        "build_census": [None],
+    }.items():
         for i, job in enumerate(jobs):
             path = root / "benchmarks" / (f"{rule}/{job}.tsv" if job else f"{rule}.tsv")
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"s\th:m:s\tmax_rss\tmax_vms\tcpu_time\n{30.5 * (i + 1)}\t0:00:30\t{'NA' if job is None else 812.5}\t900\t29.1\n")
+            path.write_text(
+                f"s\th:m:s\tmax_rss\tmax_vms\tcpu_time\n{30.5 * (i + 1)}\t0:00:30\t{'NA' if job is None else 812.5}\t900\t29.1\n"
+            )
             timings.append(path)
     rows = score_rows(seeds, methods)
     scores.write(rows, root / "scores.parquet")
@@ -200,3 +286,264 @@ def make_run(root: Path, data: Path, *, seeds=(0, 1, 2), n_cells=300, methods=ME
         },
         "out": root / "report" / "index.html",
     }
+
+
+class Page(HTMLParser):
+    """A parsed page: its text, its scripts by type, and every attribute that could load something."""
+
+    LOADING = {"src", "href", "srcset", "data", "action", "poster", "xlink:href", "background", "formaction"}
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.html, self.texts, self.loads, self.scripts, self.styles, self._inside = html, [], [], [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self._inside = [tag, dict(attributes)]
+        self.loads += [(tag, value) for name, value in attributes if name in self.LOADING]
+        self.styles += [value for name, value in attributes if name == "style"]
+
+    def handle_endtag(self, tag):
+        self._inside = []
+
+    def handle_data(self, text):
+        tag, attributes = self._inside or (None, {})
+        if tag == "script":
+            self.scripts.append((attributes.get("type"), text))
+        elif tag == "style":
+            self.styles.append(text)
+        else:
+            self.texts.append(text)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    @property
+    def payload(self) -> dict:
+        return json.loads(next(text for kind, text in self.scripts if kind == "application/json"))
+
+
+def written(arguments: dict) -> Page:
+    write_report(**arguments)
+    return Page(arguments["out"].read_text())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data):
+    arguments = make_run(tmp_path_factory.mktemp("run") / "results" / "test", data)
+    return arguments, written(arguments)
+
+
+@pytest.fixture
+def bare(run, tmp_path):
+    """The same run with its scores alone; returns a function that writes other rows and gives the page."""
+
+    def page(rows: list[dict], **changes) -> Page:
+        scores.write(rows, tmp_path / "scores.parquet")
+        nothing = {name: [] for name in ("logs", "qc", "qc_cells", "embeddings", "timings")}
+        rest = {
+            "scores": tmp_path / "scores.parquet",
+            "out": tmp_path / "index.html",
+            "shards": {},
+            "vocabulary": None,
+            "genes_mapping": None,
+        }
+        return written(run[0] | nothing | rest | changes)
+
+    return page
+
+
+def test_page_loads_nothing(run):
+    page = run[1]
+    assert page.loads, "the page has links"
+    for tag, value in page.loads:
+        assert tag in ("a", "link"), f"<{tag}> loads {value[:80]}"
+        assert value.startswith("#") or value in ("../scores.csv", "data:,")
+    for style in page.styles:
+        assert "url(" not in style
+        assert "@import" not in style
+    assert page.html.count("Content-Security-Policy") >= 1
+    own = page.scripts[-1][1]
+    assert not re.search(r"https?://|fetch\(|XMLHttpRequest|import\(", own)
+    specs = json.dumps(page.payload["specs"])
+    assert '"url"' not in specs
+    assert [kind for kind, _ in page.scripts] == ["application/json", None, None], (
+        "the charts' library stands there once"
+    )
+
+
+def test_every_figure_has_its_spec_and_data(run):
+    arguments, page = run
+    figures = re.findall(r'class="chart" id="([^"]+)" data-spec="([^"]+)" data-source="([^"]+)"', page.html)
+    assert len(figures) > 15
+    assert len({name for name, _, _ in figures}) == len(figures)
+    payload = page.payload
+    for _, spec, source in figures:
+        columns = payload["data"][source]
+        lengths = {len(column) for name, column in columns.items() if name != "join"}
+        assert len(lengths) == 1
+        assert spec in payload["specs"]
+        if "join" in columns:
+            assert {len(column) for column in payload["data"][columns["join"]].values()} == lengths
+    umaps = {source for _, spec, source in figures if spec.startswith("umap-label")}
+    assert umaps == {f"umap.baron_pancreas.{name}" for name, (kind, _, _) in METHODS.items() if kind != "control"}
+
+
+def test_every_score_is_in_the_page(run):
+    arguments, page = run
+    table = pq.read_table(arguments["scores"])
+    lines = page.payload["csv"].splitlines()
+    assert len(lines) == table.num_rows + 1
+    assert lines[0].replace('"', "").split(",") == table.column_names
+    shown = page.payload["table"]
+    assert sum(len(values) for values in shown["values"]) == table.num_rows - table["value"].null_count
+    nulls = [reason for mean, reason in zip(shown["mean"], shown["reason"], strict=True) if mean is None]
+    assert set(nulls) == {"kBET needs two batches per label & <3>"}
+    assert set(shown["seen"]) == {"no"}
+
+
+def test_each_row_names_the_file_that_holds_it(run):
+    shown = run[1].payload["table"]
+    targets = {
+        (task, kind): target.split("/scores/")[1]
+        for task, kind, target in zip(shown["task"], shown["kind"], shown["target"], strict=True)
+    }
+    assert targets["annotation", "baseline"] == "annotation/baron_pancreas/baselines.parquet"
+    assert targets["integration", "control"] == "integration/baron_pancreas/controls.parquet"
+    assert targets["annotation", "untrained"] in (
+        "annotation/baron_pancreas/geneformer-demo.parquet",
+        "annotation/baron_pancreas/scgpt-demo.parquet",
+    )
+    assert targets["pretraining", "baseline"] in (
+        "pretraining/corpus/geneformer-demo.parquet",
+        "pretraining/corpus/scgpt-demo.parquet",
+    )
+    assert shown["command"].endswith("--configfile config/demo.yaml --force")
+
+
+def test_page_says_what_the_run_was(run):
+    text = run[1].text
+    for said in (
+        "cells in baron_pancreas 300",
+        "0123456789abcdef",
+        "2,000 genes",
+        "torch 2.13.0",
+        "not mapped",
+        "pretrain",
+        "max mito fraction",
+    ):
+        assert said in text, said
+    assert "min_counts: 500" in run[1].html
+
+
+def test_headline_follows_the_numbers(bare):
+    swapped = METHODS | {"scgpt-demo": ("model", 0.97, 0.001), "hvg_pca": ("baseline", 0.60, 0.0)}
+    one, other = bare(score_rows((0, 1, 2))), bare(score_rows((0, 1, 2), swapped))
+    assert "the baseline hvg_pca ranks first of 6" in one.text
+    assert "the pretrained model scgpt-demo ranks first of 6" in other.text
+    assert "The best pretrained model, scgpt-demo, ranks 3" in one.text
+    assert "Pretraining improves it over its untrained twin" in other.text
+
+
+def test_one_seed_has_no_intervals_and_says_so(bare):
+    page = bare(score_rows((0,)))
+    assert "single seed" in page.text
+    assert set(page.payload["table"]["low"]) == {None}
+    assert set(page.payload["table"]["standing"]) <= {None, "first", "not tested"}
+
+
+def test_missing_pieces_are_named(bare):
+    text = bare(score_rows((0, 1))).text
+    for piece in (
+        "no training curves",
+        "no UMAPs",
+        "No quality-control counts",
+        "No vocabulary",
+        "run times and memory are unknown",
+    ):
+        assert piece in text
+
+
+def test_only_pretraining_scored(bare):
+    rows = [row for row in score_rows((0, 1, 2)) if row["task"] == "pretraining"]
+    page = bare(rows)
+    assert "No task was scored" in page.text
+    assert "scgpt-demo: held-out loss" in page.text
+
+
+def test_nothing_but_nulls(bare):
+    rows = [row | {"value": None, "reason": "one <b>label</b>"} for row in score_rows((0, 1))]
+    page = bare(rows)
+    assert "has no macro-F1 to rank: one <b>label</b>" in page.text
+
+
+def test_names_are_escaped(bare):
+    evil = '<img src=x onerror="alert(1)"></script><script>'
+    page = bare(score_rows((0, 1), {evil: ("baseline", 0.5, 0.1)}, datasets=("</title><b>",)))
+    assert not [load for load in page.loads if load[0] == "img"]
+    assert evil not in page.html
+    assert evil in page.payload["table"]["label"]
+
+
+def test_empty_scores_are_an_error(bare):
+    with pytest.raises(CellmillError, match="the score table is empty"):
+        bare([])
+
+
+def test_embedding_of_other_cells_is_an_error(run, tmp_path, bare):
+    path = tmp_path / "embed/baron_pancreas/hvg_pca/seed0.npy"
+    path.parent.mkdir(parents=True)
+    np.save(path, np.zeros((7, 4), np.float32))
+    path.with_suffix(".json").write_text('{"kind": "baseline"}')
+    with pytest.raises(CellmillError, match="holds 7 cells where the shards of baron_pancreas hold 300"):
+        bare(score_rows((0,)), embeddings=[path], shards=run[0]["shards"])
+
+
+def test_failed_write_leaves_the_old_page(run, tmp_path, bare):
+    old = tmp_path / "index.html"
+    old.write_text("old")
+    with pytest.raises(CellmillError, match="cannot be read as parquet"):
+        (tmp_path / "log.parquet").write_bytes(b"half")
+        bare(score_rows((0,)), logs=[tmp_path / "log.parquet"])
+    assert old.read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"index.html", "log.parquet", "scores.parquet"}
+
+
+def chromium() -> str | None:
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(chromium() is None, reason="no chromium on this machine (apt-get install chromium)")
+def test_browser_draws_every_chart_without_an_error(run, tmp_path):
+    arguments, page = run
+    command = [
+        chromium(),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
+    command += [
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path}",
+        "--virtual-time-budget=60000",
+        "--enable-logging=stderr",
+    ]
+    command += ["--dump-dom", arguments["out"].as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    html = re.search(r"<html[^>]*>", done.stdout).group()
+    n_figures = len(re.findall(r'class="chart" id=', page.html))
+    assert 'data-state="ready"' in html, done.stderr[-2000:]
+    assert f'data-charts="{n_figures}"' in html
+    assert 'data-errors=""' in html
+    assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
+    drawn = Page(done.stdout)
+    assert done.stdout.count("<canvas") == sum(
+        spec.startswith("umap") for spec in re.findall(r'data-spec="([^"]+)"', page.html)
+    )
+    assert "0.950 (3 equal)" in drawn.text, "the ranking writes its means"
+    assert done.stdout.count('class="row"') == 30, "the table shows its first rows"

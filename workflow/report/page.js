@@ -18,12 +18,10 @@
     const { spec: name, source } = element.dataset;
     const spec = structuredClone(report.specs[name]);
     const signals = JSON.parse(element.dataset.signals);
+    spec.height = Number(element.dataset.height);
     spec.datasets = { source: rowsOf(source) };
     for (const param of spec.params ?? []) if (param.name in signals) param.value = signals[param.name];
-    if (name === "dots" && element.clientWidth < 480) {
-      spec.layer = spec.layer.filter((layer) => layer.name !== "values");
-      spec.padding = 5;
-    }
+    if (element.clientWidth < 480 && spec.layer) spec.layer = spec.layer.filter((layer) => layer.name !== "values");
     const renderer = name.startsWith("umap") ? "canvas" : "svg";
     const result = await vegaEmbed(element, spec, { actions: false, renderer, tooltip: { theme: "custom" } });
     views.set(element.id + "|" + element.dataset.source, result.view);
@@ -44,6 +42,7 @@
     Object.assign(document.documentElement.dataset, { charts: views.size, errors: errors.join(" | "), state: "ready" });
   }
 
+  // Views of the charts whose id starts so: of one chart, or of all charts of one kind.
   function viewsOf(prefix) {
     return [...views].filter(([key]) => key.startsWith(prefix)).map(([, view]) => view);
   }
@@ -83,8 +82,8 @@
   const rows = tableColumns.task.map((_, i) => Object.fromEntries(Object.entries(tableColumns).map(([key, column]) => [key, column[i]])));
   const filters = ["task", "dataset", "regime", "split", "metric", "kind"];
   const headers = [
-    ["rank", "rank", "n"], ["label", "method"], ["task", "task"], ["dataset", "data set"], ["regime", "regime"], ["split", "split"],
-    ["metric", "metric"], ["mean", "mean", "n"], ["low", "95 % interval", "n"], ["n", "seeds", "n"], ["standing", "against the first"], ["seen", "seen"],
+    ["rank", "rank", "n"], ["label", "method"], ["metric", "metric"], ["mean", "mean", "n"], ["low", "95 % interval", "n"], ["n", "seeds", "n"],
+    ["standing", "against the first"], ["seen", "seen"], ["regime", "regime"], ["split", "split"], ["task", "task"], ["dataset", "data set"],
   ];
   const chosen = {};
   let sorted = null, downward = false, limit = 30, open = new Set();
@@ -140,14 +139,15 @@
     const line = make("tr", { className: "row", tabIndex: 0 });
     const method = make("td", {}, make("span", { className: `mark ${row.kind}`, title: row.kind }), " ", row.label);
     line.append(make("td", { className: "n" }, row.rank === null ? "" : String(row.rank)), method);
-    for (const name of ["task", "dataset", "regime", "split", "metric"]) line.append(make("td", {}, words(row[name])));
+    line.append(make("td", {}, words(row.metric)));
     if (row.mean === null) {
       line.append(make("td", { className: "reason", colSpan: 4 }, row.reason || "no value and no reason was recorded"));
     } else {
       line.append(make("td", { className: "n" }, score(row.mean)), make("td", { className: "n" }, intervalOf(row)));
       line.append(make("td", { className: "n" }, String(row.n)), make("td", {}, row.standing ?? ""));
     }
-    line.append(make("td", {}, row.seen ?? ""));
+    for (const name of ["seen", "regime", "split", "task"]) line.append(make("td", {}, words(row[name])));
+    line.append(make("td", {}, row.dataset));
     const toggle = () => { open.has(row) ? open.delete(row) : open.add(row); fill(); };
     line.addEventListener("click", toggle);
     line.addEventListener("keydown", (event) => { if (event.key === "Enter") toggle(); });

@@ -1,7 +1,8 @@
 """The report's charts: Vega-Lite specs without data.
 
 Every chart is a template: its data set is called ``source`` and is filled in by the page, so that one spec serves every data set and
-embedder, and the same cells serve every panel. Charts hold marks and axes only; titles, legends and choosers are HTML. Colours are CSS
+embedder, and the same cells serve every panel. Charts hold marks and axes only; titles, legends and choosers are HTML, and
+where the height depends on the number of rows the page sets it. Colours are CSS
 variables (``var(--model)``), so that light, dark and print need no second spec; the UMAPs, drawn on a canvas, use fixed mid-tones.
 """
 
@@ -17,29 +18,42 @@ CATEGORIES = [
 OTHER, REST = "all other", "#8b929c"
 
 _SOURCE = alt.NamedData(name="source")
+_FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
 _KIND = alt.Scale(domain=KINDS, range=[f"var(--{kind})" for kind in KINDS])
 
 
 def _finish(chart: alt.TopLevelMixin, **more) -> dict:
-    spec = chart.properties(data=_SOURCE, width="container", **more).to_dict(validate=True)
-    spec["config"] = CONFIG
-    spec.pop("datasets", None)
-    return spec
+    spec = chart.properties(data=_SOURCE, width="container", autosize=_FIT, **more).to_dict(validate=True)
+    return spec | {"config": CONFIG}
 
 
-_TEXT = {"labelColor": "var(--soft)", "titleColor": "var(--soft)", "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 400}
+_TEXT = {
+    "labelColor": "var(--soft)",
+    "titleColor": "var(--soft)",
+    "labelFontSize": 12,
+    "titleFontSize": 12,
+    "titleFontWeight": 400,
+}
 CONFIG = {
     "background": None,
     "font": "ui-sans-serif, system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif",
     "view": {"stroke": None},
-    "axis": _TEXT | {"domain": False, "ticks": False, "gridColor": "var(--line)", "labelPadding": 8, "titlePadding": 10},
+    "axis": _TEXT
+    | {
+        "domain": False,
+        "ticks": False,
+        "gridColor": "var(--line)",
+        "labelFlush": False,
+        "labelPadding": 8,
+        "titlePadding": 10,
+    },
     "axisY": {"labelColor": "var(--ink)", "labelLimit": 190},
     "text": {"fill": "var(--soft)", "fontSize": 12},
 }
 
 
-def dots() -> dict:
-    """Methods with their mean, interval and seeds; controls as reference lines. Data: rows of `page.dot_rows`."""
+def dots(references: bool) -> dict:
+    """Methods with their mean, interval and seeds, `references` (controls) as dashed lines. Data: rows of `page._dot_rows`."""
     regime, split, metric = (alt.param(name=name, value="") for name in ("regime", "split", "metric"))
     controls, focus = alt.param(name="controls", value=True), alt.param(name="focus", value="")
     y = alt.Y("label:N", title=None, sort=alt.EncodingSortField(field="order", op="min", order="ascending"))
@@ -64,7 +78,9 @@ def dots() -> dict:
         .mark_rule(strokeDash=[2, 3], strokeWidth=1.2)
         .encode(x=x, color=colour, opacity=opacity)
     )
-    interval = base.mark_rule(strokeWidth=2.5).encode(y=y, x=alt.X("low:Q", scale=x_scale), x2="high:Q", color=colour, opacity=opacity)
+    interval = base.mark_rule(strokeWidth=2.5).encode(
+        y=y, x=alt.X("low:Q", scale=x_scale), x2="high:Q", color=colour, opacity=opacity
+    )
     seeds = (
         base.transform_flatten(["values"])
         .mark_tick(thickness=1.2, size=11)
@@ -84,14 +100,18 @@ def dots() -> dict:
         opacity=opacity,
         tooltip=tooltip,
     )
-    values = base.mark_text(align="left", dx=14, fontSize=12).encode(y=y, x=alt.value("width"), text="text:N", opacity=opacity)
+    values = base.mark_text(align="left", dx=14, fontSize=12).encode(
+        y=y, x=alt.value("width"), text="text:N", opacity=opacity
+    )
     values.name = "values"
     chart = (
-        alt.layer(row, lines, interval, seeds, points, values)
-        .transform_filter("datum.regime == regime && datum.split == split && datum.metric == metric && (controls || !datum.reference)")
+        alt.layer(row, *([lines] if references else []), interval, seeds, points, values)
+        .transform_filter(
+            "datum.regime == regime && datum.split == split && datum.metric == metric && (controls || !datum.reference)"
+        )
         .add_params(regime, split, metric, controls, focus)
     )
-    return _finish(chart, height=alt.Step(27), padding={"left": 5, "top": 5, "bottom": 5, "right": 165})
+    return _finish(chart, height=200)
 
 
 def curves() -> dict:
@@ -100,17 +120,37 @@ def curves() -> dict:
     colour = alt.Color(
         "split:N",
         legend=None,
-        scale=alt.Scale(domain=["train", "validation", "trivial"], range=["var(--faint)", "var(--model)", "var(--baseline)"]),
+        scale=alt.Scale(
+            domain=["train", "validation", "trivial"], range=["var(--faint)", "var(--model)", "var(--baseline)"]
+        ),
     )
-    tooltip = ["split:N", "seed:N", alt.Tooltip("step:Q", format=","), alt.Tooltip("value:Q", format=".4~g"), alt.Tooltip("metric:N")]
+    tooltip = [
+        "split:N",
+        "seed:N",
+        alt.Tooltip("step:Q", format=","),
+        alt.Tooltip("value:Q", format=".4~g"),
+        alt.Tooltip("metric:N"),
+    ]
     x = alt.X("step:Q", title="optimiser step", axis=alt.Axis(tickCount=5, grid=False, format="~s"))
     y = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=5, format="~g"))
     base = alt.Chart().encode(color=colour, detail="seed:N")
     train = base.transform_filter("datum.split == 'train'").mark_line(strokeWidth=1, opacity=0.75).encode(x=x, y=y)
     held_out = base.transform_filter("datum.split == 'validation'").mark_line(strokeWidth=1.8).encode(x=x, y=y)
-    dots = base.transform_filter("datum.split == 'validation'").mark_point(filled=True, size=28, opacity=1).encode(x=x, y=y, tooltip=tooltip)
-    trivial = base.transform_filter("datum.split == 'trivial'").mark_rule(strokeDash=[2, 3], strokeWidth=1.2).encode(y=y, tooltip=tooltip)
-    hit = base.transform_filter("datum.split == 'train'").mark_point(filled=True, size=60, opacity=0).encode(x=x, y=y, tooltip=tooltip)
+    dots = (
+        base.transform_filter("datum.split == 'validation'")
+        .mark_point(filled=True, size=28, opacity=1)
+        .encode(x=x, y=y, tooltip=tooltip)
+    )
+    trivial = (
+        base.transform_filter("datum.split == 'trivial'")
+        .mark_rule(strokeDash=[2, 3], strokeWidth=1.2)
+        .encode(y=y, tooltip=tooltip)
+    )
+    hit = (
+        base.transform_filter("datum.split == 'train'")
+        .mark_point(filled=True, size=60, opacity=0)
+        .encode(x=x, y=y, tooltip=tooltip)
+    )
     chart = alt.layer(train, trivial, held_out, dots, hit).transform_filter("datum.metric == metric").add_params(metric)
     return _finish(chart, height=190)
 
@@ -127,39 +167,48 @@ def umap(categories: list[str], field: str) -> dict:
         .encode(
             x=alt.X("x:Q", axis=None, scale=bounds),
             y=alt.Y("y:Q", axis=None, scale=bounds),
-            color=alt.Color(f"{field}_group:N", legend=None, scale=alt.Scale(domain=named + [OTHER] * (OTHER in categories), range=colours)),
+            color=alt.Color(
+                f"{field}_group:N",
+                legend=None,
+                scale=alt.Scale(domain=named + [OTHER] * (OTHER in categories), range=colours),
+            ),
             opacity=alt.condition(f"focus == '' || datum.{field}_group == focus", alt.value(0.8), alt.value(0.04)),
             tooltip=["label:N", "batch:N"],
         )
         .add_params(focus)
     )
-    return _finish(chart, height=170, padding=0)
+    return _finish(chart, height=190, padding=0)
 
 
 def split_bars() -> dict:
-    """Cells per data set and split. Data: ``dataset, split, cells``."""
+    """Cells per data set and split. Data: ``dataset, split, order, cells``."""
     chart = (
         alt.Chart()
         .mark_bar(height=alt.RelativeBandSize(0.6))
         .encode(
             y=alt.Y("dataset:N", title=None, sort=alt.EncodingSortField(field="cells", op="sum", order="descending")),
-            x=alt.X("cells:Q", title="cells", axis=alt.Axis(tickCount=5, format="~s")),
+            x=alt.X("cells:Q", title="cells", axis=alt.Axis(tickCount=5, format=",d")),
             color=alt.Color(
                 "split:N",
                 legend=None,
-                scale=alt.Scale(domain=["train", "validation", "benchmark"], range=["var(--model)", "var(--untrained)", "var(--control)"]),
+                scale=alt.Scale(
+                    domain=["train", "validation", "benchmark"],
+                    range=["var(--bar)", "var(--bar-deep)", "var(--bar-pale)"],
+                ),
             ),
-            order=alt.Order("split:N"),
+            order=alt.Order("order:Q"),
             tooltip=["dataset:N", "split:N", alt.Tooltip("cells:Q", format=",")],
         )
     )
-    return _finish(chart, height=alt.Step(26))
+    return _finish(chart, height=200)
 
 
-def histogram(log: bool) -> dict:
-    """Cells over a QC quantity, kept and removed stacked, with thresholds. Data: ``x0, x1, y0, y1, part``, and ``threshold`` alone."""
+def histogram(log: bool, thresholds: bool) -> dict:
+    """Cells over a QC quantity, kept and removed stacked, with `thresholds`. Data: ``x0, x1, y0, y1, part``, and ``threshold`` alone."""
     scale = alt.Scale(type="log", nice=False) if log else alt.Scale(nice=False, zero=True)
-    colour = alt.Color("part:N", legend=None, scale=alt.Scale(domain=["kept", "removed"], range=["var(--bar)", "var(--removed)"]))
+    colour = alt.Color(
+        "part:N", legend=None, scale=alt.Scale(domain=["kept", "removed"], range=["var(--bar)", "var(--removed)"])
+    )
     axis = alt.Axis(grid=False, tickCount=4, format="~s" if log else ".0%")
     bars = (
         alt.Chart()
@@ -183,20 +232,33 @@ def histogram(log: bool) -> dict:
         alt.Chart()
         .transform_filter("isValid(datum.threshold)")
         .mark_rule(color="var(--ink)", strokeDash=[3, 3])
-        .encode(x=alt.X("threshold:Q", scale=scale), tooltip=[alt.Tooltip("rule:N", title="threshold"), alt.Tooltip("threshold:Q", format=",~g")])
+        .encode(
+            x=alt.X("threshold:Q", scale=scale),
+            tooltip=[alt.Tooltip("rule:N", title="threshold"), alt.Tooltip("threshold:Q", format=",~g")],
+        )
     )
-    return _finish(alt.layer(bars, lines), height=130)
+    return _finish(alt.layer(bars, *([lines] if thresholds else [])), height=130)
 
 
 def jobs() -> dict:
     """One tick per job of a rule. Data: ``rule, job, value, seconds_text, memory_text``; the quantity is on a logarithmic axis."""
     chart = (
         alt.Chart()
-        .mark_circle(size=45, opacity=0.65, color="var(--model)")
+        .mark_circle(size=45, opacity=0.65, color="var(--bar-deep)")
         .encode(
             y=alt.Y("rule:N", title=None, sort=alt.EncodingSortField(field="order", op="min")),
-            x=alt.X("value:Q", title=None, scale=alt.Scale(type="log", nice=True, padding=8), axis=alt.Axis(tickCount=5, format="~s")),
-            tooltip=["rule:N", "job:N", alt.Tooltip("seconds_text:N", title="time"), alt.Tooltip("memory_text:N", title="peak memory")],
+            x=alt.X(
+                "value:Q",
+                title=None,
+                scale=alt.Scale(type="log", nice=True, padding=8),
+                axis=alt.Axis(tickCount=5, format="~s"),
+            ),
+            tooltip=[
+                "rule:N",
+                "job:N",
+                alt.Tooltip("seconds_text:N", title="time"),
+                alt.Tooltip("memory_text:N", title="peak memory"),
+            ],
         )
     )
-    return _finish(chart, height=alt.Step(20))
+    return _finish(chart, height=200)

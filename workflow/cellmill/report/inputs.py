@@ -7,6 +7,7 @@ Paths carry meaning (docs/house.md): ``pretrain/{model}/seed{seed}/log.parquet``
 import csv
 import json
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,14 @@ def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
-        raise CellmillError(f"{path} cannot be read as parquet ({_one_line(error)}); delete it and run the workflow again") from error
+        raise CellmillError(
+            f"{path} cannot be read as parquet ({_one_line(error)}); delete it and run the workflow again"
+        ) from error
     missing = [name for name in columns if name not in table.column_names]
     if missing:
-        raise CellmillError(f"{path} has no column {', '.join(missing)}; it was not written by this version of cellmill, so delete it and run again")
+        raise CellmillError(
+            f"{path} has no column {', '.join(missing)}; it was not written by this version of cellmill, so delete it and run again"
+        )
     return table.to_pandas()
 
 
@@ -102,7 +107,9 @@ def read_histograms(path: Path, quality: dict) -> dict[str, list[dict]]:
                     clipped = np.clip(value[chosen & np.isfinite(value)], edges[name][0], edges[name][-1])
                     counts[name][part] += np.histogram(clipped, edges[name])[0]
     except (OSError, KeyError, pa.ArrowInvalid) as error:
-        raise CellmillError(f"{path} cannot be read for the QC plots ({_one_line(error)}); delete it and run the workflow again") from error
+        raise CellmillError(
+            f"{path} cannot be read for the QC plots ({_one_line(error)}); delete it and run the workflow again"
+        ) from error
     return {name: _histogram_rows(counts[name], edges[name], QUANTITIES[name], quality) for name in QUANTITIES}
 
 
@@ -123,7 +130,9 @@ def _histogram_rows(counts: np.ndarray, edges: np.ndarray, quantity, quality: di
             y0 += count
     for rule in thresholds:
         value = quality.get(rule)
-        if value is not None and (value > 1 if log else value < 1):  # a threshold that cannot remove a cell is not drawn
+        if value is not None and (
+            value > 1 if log else value < 1
+        ):  # a threshold that cannot remove a cell is not drawn
             rows.append({"threshold": value, "rule": rule})
     return rows
 
@@ -153,7 +162,9 @@ def read_projections(paths: list[Path], obs: dict[str, pa.Table], datasets: dict
     for name, section in datasets.items():
         chosen = {embedder: path for (cells, embedder), path in first.items() if cells == name}
         metas = {embedder: json.loads(path.with_suffix(".json").read_text()) for embedder, path in chosen.items()}
-        chosen = {embedder: path for embedder, path in chosen.items() if metas[embedder]["kind"] not in ("control", "ceiling")}
+        chosen = {
+            embedder: path for embedder, path in chosen.items() if metas[embedder]["kind"] not in ("control", "ceiling")
+        }
         if not chosen or name not in obs:
             continue
         n_cells = obs[name].num_rows
@@ -162,7 +173,9 @@ def read_projections(paths: list[Path], obs: dict[str, pa.Table], datasets: dict
         for embedder, path in chosen.items():
             x_NE = np.load(path, mmap_mode="r")
             if len(x_NE) != n_cells:
-                raise CellmillError(f"{path} holds {len(x_NE)} cells where the shards of {name} hold {n_cells}; delete it and run again")
+                raise CellmillError(
+                    f"{path} holds {len(x_NE)} cells where the shards of {name} hold {n_cells}; delete it and run again"
+                )
             xy_N2 = project(np.asarray(x_NE[np.sort(order)], np.float32))[np.argsort(np.argsort(order))]
             projection["panels"].append(
                 {
@@ -185,7 +198,9 @@ def _categories(obs: pa.Table, section: dict, order: np.ndarray) -> dict:
     for role in ("label", "batch"):
         column = section[role]
         if column not in obs.column_names:
-            raise CellmillError(f"the shards have no column {column}, which the config names as a data set's {role}; add it to census.extra_obs")
+            raise CellmillError(
+                f"the shards have no column {column}, which the config names as a data set's {role}; add it to census.extra_obs"
+            )
         values = obs[column].to_pandas().astype("string").fillna("unknown").iloc[order]
         counts = values.value_counts()
         kept = counts.index[: len(CATEGORIES)]
@@ -202,7 +217,9 @@ def project(x_NE: np.ndarray) -> np.ndarray:
 
     n_neighbors = min(15, len(x_NE) - 1)
     if n_neighbors < 2:
-        raise CellmillError(f"a UMAP needs at least 3 cells and the benchmark data set has {len(x_NE)}; loosen its filter")
+        raise CellmillError(
+            f"a UMAP needs at least 3 cells and the benchmark data set has {len(x_NE)}; loosen its filter"
+        )
     # Exact neighbours from scikit-learn: at this size faster than compiling umap's approximate search.
     distance_NK, index_NK = NearestNeighbors(n_neighbors=n_neighbors).fit(x_NE).kneighbors(x_NE)
     fit = UMAP(
@@ -214,7 +231,11 @@ def project(x_NE: np.ndarray) -> np.ndarray:
         n_jobs=1,
         precomputed_knn=(index_NK, distance_NK.astype(np.float32)),
     )
-    xy_N2 = fit.fit_transform(x_NE)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "precomputed_knn", UserWarning
+        )  # new cells cannot be mapped, and none will be
+        xy_N2 = fit.fit_transform(x_NE)
     low, high = xy_N2.min(axis=0), xy_N2.max(axis=0)
     return np.rint((xy_N2 - low) / np.maximum(high - low, 1e-9) * 1000).astype(int)
 

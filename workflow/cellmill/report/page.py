@@ -20,7 +20,19 @@ from cellmill.vocabulary import Vocabulary
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "report"
 TASK_TITLES = {"annotation": "Cell-type annotation", "integration": "Batch integration"}
-KEY_PACKAGES = ["python", "cellmill", "torch", "numpy", "pyarrow", "scanpy", "anndata", "tiledbsoma", "cellxgene-census", "scib-metrics", "snakemake"]
+KEY_PACKAGES = [
+    "python",
+    "cellmill",
+    "torch",
+    "numpy",
+    "pyarrow",
+    "scanpy",
+    "anndata",
+    "tiledbsoma",
+    "cellxgene-census",
+    "scib-metrics",
+    "snakemake",
+]
 
 
 def write_report(
@@ -104,12 +116,18 @@ class _Page:
     def __init__(self):
         self.payload = {"specs": {}, "data": {}}
 
-    def figure(self, spec: str, template: dict, source: str, rows, **signals) -> dict:
-        """Register a figure; `rows` is a list of records, columns, or None where `source` is registered already."""
+    def figure(self, spec: str, template: dict, source: str, rows, *, height: int | None = None, **signals) -> dict:
+        """Register a figure; `rows` is a list of records, or None where `source` is there already; `height` (px) overrides the spec's."""
         self.payload["specs"].setdefault(spec, template)
         if rows is not None:
-            self.payload["data"][source] = _columns(rows) if isinstance(rows, list) else rows
-        return {"spec": spec, "source": source, "signals": signals, "id": f"{spec}-{source}"}
+            self.payload["data"][source] = _columns(rows)
+        return {
+            "spec": spec,
+            "source": source,
+            "signals": signals,
+            "id": f"{spec}-{source}",
+            "height": height or template["height"],
+        }
 
 
 def _columns(rows: list[dict]) -> dict[str, list]:
@@ -127,7 +145,11 @@ def _render(context: dict, payload: dict) -> str:
     import vl_convert
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["count"] = lambda value: f"{value:,}"
     environment.filters["share"] = lambda value: f"{100 * value:.1f} %"
@@ -186,16 +208,36 @@ def _dot_rows(rows: pd.DataFrame, names: dict[str, str] | None = None) -> list[d
         text = summary.with_interval(interval)
         better = row["mean"] if row["higher_is_better"] else -row["mean"]
         dots.append(
-            {name: row[name] for name in ("kind", "regime", "split", "metric", "mean", "low", "high", "values", "rank", "standing", "cells", "seen")}
+            {
+                name: row[name]
+                for name in (
+                    "kind",
+                    "regime",
+                    "split",
+                    "metric",
+                    "mean",
+                    "low",
+                    "high",
+                    "values",
+                    "rank",
+                    "standing",
+                    "cells",
+                    "seen",
+                )
+            }
             | {
                 "label": (names or {}).get(row["kind"], row["label"]),
                 "reference": reference,
                 "order": (1000 - better) if reference else row["rank"],
-                "text": text + (f" ({row['n']} equal)" if row["deterministic"] else " (one seed)" if row["n"] == 1 else ""),
+                "text": text
+                + (f" ({row['n']} equal)" if row["deterministic"] else " (one seed)" if row["n"] == 1 else ""),
                 "seeds": f"{row['n']}, all the same value" if row["deterministic"] else str(row["n"]),
             }
         )
-    return [{name: None if value is None or value is pd.NA or value != value else value for name, value in dot.items()} for dot in dots]
+    return [
+        {name: None if value is None or value is pd.NA or value != value else value for name, value in dot.items()}
+        for dot in dots
+    ]
 
 
 def _choices(rows: pd.DataFrame, task: str, chosen: tuple[str, str, str]) -> list[dict]:
@@ -218,15 +260,24 @@ def _rankings(page: _Page, results: pd.DataFrame) -> list[dict]:
     for (task, dataset), rows in results[results["task"] != "pretraining"].groupby(["task", "dataset"], sort=False):
         chosen = summary.primary(results, task, dataset)
         signals = dict(zip(("regime", "split", "metric"), chosen, strict=True))
-        figure = page.figure("dots", charts.dots(), f"{task}.{dataset}", _dot_rows(rows), **signals)
+        controls = bool((rows["mean"].notna() & ~rows["kind"].isin(summary.RANKED)).any())
+        spec = "dots-references" if controls else "dots"
+        figure = page.figure(
+            spec,
+            charts.dots(controls),
+            f"{task}.{dataset}",
+            _dot_rows(rows),
+            height=27 * rows["label"].nunique(),
+            **signals,
+        )
         higher = rows.groupby("metric")["higher_is_better"].first().to_dict()
         rankings.append(
             {
                 "task": task,
                 "dataset": dataset,
-                "figure": figure | {"height": 40 + 27 * rows["label"].nunique()},
+                "figure": figure,
                 "choosers": _choices(rows, task, chosen),
-                "controls": bool((~rows["kind"].isin(summary.RANKED)).any()),
+                "controls": controls,
                 "higher": {metric: "higher is better" if up else "lower is better" for metric, up in higher.items()},
                 "metric": chosen[2],
                 "unscored": sorted(set(rows[rows["mean"].isna()]["label"])),
@@ -242,11 +293,18 @@ def _losses(page: _Page, results: pd.DataFrame) -> list[dict]:
         chosen = summary.primary(group, "pretraining", group["dataset"].iloc[0])
         names = {"model": "trained", "untrained": "untrained", "baseline": "trivial baseline"}
         signals = dict(zip(("regime", "split", "metric"), chosen, strict=True))
-        figure = page.figure("dots", charts.dots(), f"pretraining.{model}", _dot_rows(group, names), **signals)
+        figure = page.figure(
+            "dots",
+            charts.dots(references=False),
+            f"pretraining.{model}",
+            _dot_rows(group, names),
+            height=27 * group["kind"].nunique(),
+            **signals,
+        )
         losses.append(
             {
                 "model": model,
-                "figure": figure | {"height": 40 + 27 * group["kind"].nunique()},
+                "figure": figure,
                 "choosers": _choices(group, "pretraining", chosen),
                 "headline": summary.loss_headline(results, model),
             }
@@ -259,16 +317,20 @@ def _curves(page: _Page, logs: dict[str, pd.DataFrame], results: pd.DataFrame) -
     trivial = results[(results["task"] == "pretraining") & (results["kind"] == "baseline") & results["mean"].notna()]
     for model, log in logs.items():
         own = trivial[trivial["model"].map(summary.base_name) == model]
-        rows = log.to_dict("records") + [{"split": "trivial", "metric": row.metric, "value": row.mean} for row in own.itertuples()]
+        rows = log.to_dict("records") + [
+            {"split": "trivial", "metric": row.metric, "value": row.mean} for row in own.itertuples()
+        ]
         validated = log[log["split"] == "validation"]["metric"].unique()
         metrics = sorted(log["metric"].unique(), key=lambda name: (name != "loss", name not in validated))
         figure = page.figure("curves", charts.curves(), f"log.{model}", rows, metric=metrics[0])
         curves.append(
             {
                 "model": model,
-                "figure": figure | {"height": 240},
+                "figure": figure,
                 "seeds": sorted(log["seed"].unique().tolist()),
-                "choosers": [{"name": "metric", "options": [(name, summary.metric_name(name)) for name in metrics]}] if len(metrics) > 1 else [],
+                "choosers": [{"name": "metric", "options": [(name, summary.metric_name(name)) for name in metrics]}]
+                if len(metrics) > 1
+                else [],
             }
         )
     return curves
@@ -280,19 +342,36 @@ def _umaps(page: _Page, embeddings: list[Path], opened: dict[str, Shards], confi
     for dataset, found in inputs.read_projections(embeddings, obs, config["datasets"]).items():
         page.payload["data"][f"cells.{dataset}"] = found["cells"]
         for panel in found["panels"]:
-            page.payload["data"][f"umap.{dataset}.{panel['embedder']}"] = {"x": panel.pop("x"), "y": panel.pop("y"), "join": f"cells.{dataset}"}
+            page.payload["data"][f"umap.{dataset}.{panel['embedder']}"] = {
+                "x": panel.pop("x"),
+                "y": panel.pop("y"),
+                "join": f"cells.{dataset}",
+            }
         grids = []
         for role in ("label", "batch"):
             categories = found[f"{role}_categories"]
             template = charts.umap(categories, role)
             panels = [
-                panel | {"figure": page.figure(f"umap-{role}-{dataset}", template, f"umap.{dataset}.{panel['embedder']}", None) | {"height": 170}}
+                panel
+                | {
+                    "label": summary.label(panel["embedder"], panel["kind"]),
+                    "figure": page.figure(
+                        f"umap-{role}-{dataset}", template, f"umap.{dataset}.{panel['embedder']}", None
+                    ),
+                }
                 for panel in found["panels"]
             ]
             colours = charts.CATEGORIES[: len(categories)]
             if charts.OTHER in categories:
                 colours = [*charts.CATEGORIES[: len(categories) - 1], charts.REST]
-            grids.append({"role": role, "column": config["datasets"][dataset][role], "panels": panels, "legend": list(zip(categories, colours, strict=True))})
+            grids.append(
+                {
+                    "role": role,
+                    "column": config["datasets"][dataset][role],
+                    "panels": panels,
+                    "legend": list(zip(categories, colours, strict=True)),
+                }
+            )
         umaps.append({"dataset": dataset, "n_cells": found["n_cells"], "n_shown": found["n_shown"], "grids": grids})
     return umaps
 
@@ -304,11 +383,12 @@ def _splits(page: _Page, opened: dict[str, Shards]) -> dict:
             if not shards.n_cells(split):
                 continue
             cells = shards.obs(split, ["dataset_id"])["dataset_id"].to_pandas().value_counts()
-            rows += [{"dataset": dataset, "split": split if name == "corpus" else "benchmark", "cells": int(n)} for dataset, n in cells.items() if n]
+            part = {"split": split if name == "corpus" else "benchmark", "order": shards.splits.index(split)}
+            rows += [part | {"dataset": dataset, "cells": int(n)} for dataset, n in cells.items() if n]
     if not rows:
         return {"rows": [], "figure": None}
-    figure = page.figure("splits", charts.split_bars(), "splits", rows)
-    return {"rows": rows, "figure": figure | {"height": 60 + 26 * len({row["dataset"] for row in rows})}}
+    height = 26 * len({row["dataset"] for row in rows})
+    return {"rows": rows, "figure": page.figure("splits", charts.split_bars(), "splits", rows, height=height)}
 
 
 def _quality(page: _Page, qc: list[Path], qc_cells: list[Path], config: dict) -> list[dict]:
@@ -322,9 +402,10 @@ def _quality(page: _Page, qc: list[Path], qc_cells: list[Path], config: dict) ->
         if name in cells:
             for quantity, histogram in inputs.read_histograms(cells[name], quality).items():
                 title, log, _ = inputs.QUANTITIES[quantity]
-                spec = "histogram-log" if log else "histogram"
-                figure = page.figure(spec, charts.histogram(log), f"qc.{name}.{quantity}", histogram)
-                plots.append({"title": title, "figure": figure | {"height": 170}})
+                thresholds = any("threshold" in row for row in histogram)
+                spec = f"histogram{'-log' * log}{'-thresholds' * thresholds}"
+                figure = page.figure(spec, charts.histogram(log, thresholds), f"qc.{name}.{quantity}", histogram)
+                plots.append({"title": title, "figure": figure})
         selections.append({"name": name, "rules": rules, "rows": rows, "plots": plots})
     return selections
 
@@ -357,9 +438,17 @@ def _genes(vocabulary: Path | None, genes_mapping: Path | None) -> dict:
 
 def _times(page: _Page, jobs: list[dict]) -> dict:
     rules = []
-    for rule, group in pd.DataFrame(jobs, columns=["rule", "job", "seconds", "memory_mb", "cpu_seconds"]).groupby("rule", sort=False):
+    for rule, group in pd.DataFrame(jobs, columns=["rule", "job", "seconds", "memory_mb", "cpu_seconds"]).groupby(
+        "rule", sort=False
+    ):
         rules.append(
-            {"rule": rule, "jobs": len(group), "total": group["seconds"].sum(), "longest": group["seconds"].max(), "memory": group["memory_mb"].max()}
+            {
+                "rule": rule,
+                "jobs": len(group),
+                "total": group["seconds"].sum(),
+                "longest": group["seconds"].max(),
+                "memory": group["memory_mb"].max(),
+            }
         )
     rules.sort(key=lambda row: -row["total"])
     order = {row["rule"]: i for i, row in enumerate(rules)}
@@ -372,12 +461,21 @@ def _times(page: _Page, jobs: list[dict]) -> dict:
             if job[name]
         ]
         if rows:
-            figure = page.figure("jobs", charts.jobs(), f"jobs.{name}", rows)
-            figures.append({"title": title, "figure": figure | {"height": 60 + 20 * len(rules)}})
+            figure = page.figure(
+                "jobs", charts.jobs(), f"jobs.{name}", rows, height=20 * len({row["rule"] for row in rows})
+            )
+            figures.append({"title": title, "figure": figure})
     written = [
-        row | {"total": _duration(row["total"]), "longest": _duration(row["longest"]), "memory": _megabytes(row["memory"])} for row in rules
+        row
+        | {"total": _duration(row["total"]), "longest": _duration(row["longest"]), "memory": _megabytes(row["memory"])}
+        for row in rules
     ]
-    return {"rules": written, "figures": figures, "total": _duration(sum(job["seconds"] or 0 for job in jobs)), "jobs": len(jobs)}
+    return {
+        "rules": written,
+        "figures": figures,
+        "total": _duration(sum(job["seconds"] or 0 for job in jobs)),
+        "jobs": len(jobs),
+    }
 
 
 def _duration(seconds: float | None) -> str:
@@ -401,7 +499,10 @@ def _provenance(opened: dict[str, Shards], config: dict, provenance: dict) -> di
     for name, shards in opened.items():
         digest = hashlib.sha256((shards.folder / "manifest.json").read_bytes()).hexdigest()
         totals = shards.manifest["totals"]
-        manifests.append({"name": name, "sha256": digest, "vocabulary": shards.vocabulary_hash, "census": shards.manifest["census"]} | totals)
+        manifests.append(
+            {"name": name, "sha256": digest, "vocabulary": shards.vocabulary_hash, "census": shards.manifest["census"]}
+            | totals
+        )
     return {
         "commit": provenance["commit"],
         "config_hash": provenance["config_hash"],
@@ -419,7 +520,9 @@ def _missing(results: pd.DataFrame, context: dict) -> list[str]:
     if not context["rankings"]:
         missing.append("No task was scored, so there is no ranking.")
     if results["n"].max() < 2:
-        missing.append("Every score comes from a single seed, so there are no intervals and no difference can be tested.")
+        missing.append(
+            "Every score comes from a single seed, so there are no intervals and no difference can be tested."
+        )
     nulls = int(results["mean"].isna().sum())
     if nulls:
         missing.append(f"{nulls} of {len(results)} scores have no value; the table below gives each one's reason.")
@@ -440,18 +543,49 @@ def _missing(results: pd.DataFrame, context: dict) -> list[str]:
 
 
 def _table(results: pd.DataFrame, folder: Path, command: str) -> dict[str, list]:
-    """Columns of the page's score table; each row with the command that makes its numbers again."""
-    names = ["task", "dataset", "regime", "split", "metric", "label", "kind", "mean", "low", "high", "n", "deterministic", "rank", "of"]
+    """Columns of the page's score table; each row with the file that the command makes again."""
+    first = {
+        pair: summary.primary(results, *pair)
+        for pair in results[["task", "dataset"]].itertuples(index=False, name=None)
+    }
+
+    def place(row: dict) -> tuple:
+        """Each task's first choice of regime, split and metric before the others, then by rank."""
+        regime, split, metric = first[row["task"], row["dataset"]]
+        others = (row["regime"] != regime, row["split"] != split, row["metric"] != metric)
+        rank = float("inf") if row["rank"] is None else row["rank"]
+        return (row["task"], row["dataset"], *others, row["regime"], row["split"], row["metric"], rank)
+
+    names = [
+        "task",
+        "dataset",
+        "regime",
+        "split",
+        "metric",
+        "label",
+        "kind",
+        "mean",
+        "low",
+        "high",
+        "n",
+        "deterministic",
+        "rank",
+        "of",
+    ]
     names += ["standing", "seen", "reason", "cells", "seconds", "values", "seeds", "higher_is_better", *summary.TRACES]
     records = results[names].astype(object).where(results[names].notna(), None).to_dict("records")
     for record, model in zip(records, results["model"], strict=True):
         record["target"] = _score_file(folder, record, model)
-    return _columns(records) | {"command": f"{command} --force"}
+    return _columns(sorted(records, key=place)) | {"command": f"{command} --force"}
 
 
 def _score_file(folder: Path, record: dict, model: str) -> str:
     shared = {"baseline": "baselines", "control": "controls", "ceiling": "controls"}
-    method = summary.base_name(model) if record["task"] == "pretraining" else shared.get(record["kind"], summary.base_name(model))
+    method = (
+        summary.base_name(model)
+        if record["task"] == "pretraining"
+        else shared.get(record["kind"], summary.base_name(model))
+    )
     return str(folder / "scores" / record["task"] / record["dataset"] / f"{method}.parquet")
 
 

@@ -105,7 +105,9 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
         reason, seen, higher_is_better, cells, seconds`` and `TRACES`. Ranks are among the kinds `RANKED`; ties share the better rank.
     """
     if scores.empty:
-        raise CellmillError("the score table is empty, so there is nothing to report; name at least one task in the config")
+        raise CellmillError(
+            "the score table is empty, so there is nothing to report; name at least one task in the config"
+        )
     scores = scores.assign(split=scores["split"].fillna("none"), dataset=scores["dataset"].fillna("none"))
     rows = [
         dict(zip(COMPARISON + METHOD, key, strict=True)) | _summary(group)
@@ -159,7 +161,13 @@ def primary(summary: pd.DataFrame, task: str, dataset: str) -> tuple[str, str, s
     return tuple(chosen)
 
 
-REGIMES = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "fine_tune": "fine-tuned", "supervised": "supervised", "none": ""}
+REGIMES = {
+    "zero_shot": "zero-shot",
+    "linear_probe": "linear probe",
+    "fine_tune": "fine-tuned",
+    "supervised": "supervised",
+    "none": "",
+}
 METRICS = {
     "macro_f1": "macro-F1",
     "weighted_f1": "weighted F1",
@@ -182,41 +190,61 @@ def regime_name(task: str, regime: str) -> str:
     return f"{name} kNN" if task == "annotation" and regime == "zero_shot" else name
 
 
-def headline(summary: pd.DataFrame, task: str, dataset: str) -> str:
+@dataclass(frozen=True)
+class Headline:
+    """What the table says of one comparison: the first sentence, and what qualifies it."""
+
+    first: str
+    more: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.first} {self.more}".strip()
+
+
+def headline(summary: pd.DataFrame, task: str, dataset: str) -> Headline:
     """What the primary metric of one task and data set says, computed from the table: who is first, how the best model stands."""
     regime, split, metric = primary(summary, task, dataset)
     rows = summary[
-        (summary[["task", "dataset", "regime", "split", "metric"]] == (task, dataset, regime, split, metric)).all(axis=1)
+        (summary[["task", "dataset", "regime", "split", "metric"]] == (task, dataset, regime, split, metric)).all(
+            axis=1
+        )
     ]
     where = " ".join(filter(None, (regime_name(task, regime), task)))
     ranked = rows[rows["rank"].notna()].sort_values("rank", kind="stable")
     if ranked.empty:
-        return f"On {dataset}, {where} has no {metric_name(metric)} to rank: {_reasons(rows)}."
-    first = ranked.iloc[0]
-    said = f"On {dataset}, {where}: {_subject(first)} ranks first of {len(ranked)} ({metric_name(metric)} {_measured(first)})"
+        return Headline(f"On {dataset}, {where} has no {metric_name(metric)} to rank: {_reasons(rows)}.")
+    top = ranked.iloc[0]
+    first = (
+        f"On {dataset}, {where}: {_subject(top)} ranks first of {len(ranked)} ({metric_name(metric)} {_measured(top)})."
+    )
+    more = []
+    level = ranked[ranked["standing"] == NOT_SHOWN]["label"].tolist()
+    if level:
+        more.append(f"No difference is shown between it and {_listed(level)}.")
     models = ranked[ranked["kind"] == "model"]
-    tied = ranked[(ranked["standing"] == NOT_SHOWN) & (ranked["kind"] != "model")]["label"].tolist()
-    if first["kind"] == "model":
-        others = ranked[ranked["standing"] == NOT_SHOWN]["label"].tolist()
-        said += f"; no difference shown between it and {_listed(others)}." if others else "."
-        best = first
-    elif models.empty:
-        said += "; no pretrained model has a score."
-        return said
+    if models.empty:
+        more.append("No pretrained model has a score.")
     else:
-        said += f"; no difference shown between it and {_listed(tied)}." if tied else "."
         best = models.iloc[0]
-        said += f" The best pretrained model, {best['label']}, ranks {best['rank']} ({_measured(best)}): {_against_first(best)}."
-    return f"{said} {_against_twin(best, ranked)}".strip()
+        if top["kind"] != "model":
+            more.append(
+                f"The best pretrained model, {best['label']}, ranks {best['rank']} ({_measured(best)}): {_against_first(best)}."
+            )
+        more.append(_against_twin(best, ranked))
+    return Headline(first, " ".join(filter(None, more)))
 
 
 def _subject(row) -> str:
-    kind = {"model": "the pretrained model", "untrained": "the untrained network", "baseline": "the baseline"}[row["kind"]]
+    kind = {"model": "the pretrained model", "untrained": "the untrained network", "baseline": "the baseline"}[
+        row["kind"]
+    ]
     return f"{kind} {base_name(row['label'].removesuffix(', untrained'))}"
 
 
 def _measured(row) -> str:
-    seeds = f"the same over {row['n']} seeds" if row["deterministic"] else f"{row['n']} seed{'' if row['n'] == 1 else 's'}"
+    seeds = (
+        f"the same over {row['n']} seeds" if row["deterministic"] else f"{row['n']} seed{'' if row['n'] == 1 else 's'}"
+    )
     return f"{with_interval(row_of(row))}, {seeds}"
 
 
@@ -247,9 +275,11 @@ def _against_twin(model, ranked: pd.DataFrame) -> str:
     return f"{said} ({_measured(twin)})."
 
 
-def loss_headline(summary: pd.DataFrame, model: str) -> str | None:
+def loss_headline(summary: pd.DataFrame, model: str) -> Headline | None:
     """Whether `model`'s held-out loss is below that of its untrained twin and of its trivial baseline; None without a loss."""
-    rows = summary[(summary["task"] == "pretraining") & (summary["metric"] == "loss") & (summary["model"].map(base_name) == model)]
+    rows = summary[
+        (summary["task"] == "pretraining") & (summary["metric"] == "loss") & (summary["model"].map(base_name) == model)
+    ]
     rows = rows[rows["mean"].notna()].drop_duplicates("kind").set_index("kind")
     if "model" not in rows.index:
         return None
@@ -263,7 +293,7 @@ def loss_headline(summary: pd.DataFrame, model: str) -> str | None:
         side = "below" if own.mean < other.mean else "not below"
         verdict = {SHOWN: "intervals apart", NOT_SHOWN: NOT_SHOWN, NOT_TESTED: NOT_TESTED}[compare(own, other)]
         said.append(f"{side} {name} ({with_interval(other)}; {verdict})")
-    return f"{model}: held-out loss {_measured(rows.loc['model'])}; {', '.join(said)}."
+    return Headline(f"{model}: held-out loss {_measured(rows.loc['model'])}; {', '.join(said)}.")
 
 
 def _listed(names: list[str]) -> str:
@@ -271,4 +301,6 @@ def _listed(names: list[str]) -> str:
 
 
 def _reasons(rows: pd.DataFrame) -> str:
-    return "; ".join(dict.fromkeys(reason for reason in rows["reason"] if reason)) or "no value and no reason was recorded"
+    return (
+        "; ".join(dict.fromkeys(reason for reason in rows["reason"] if reason)) or "no value and no reason was recorded"
+    )

@@ -1,0 +1,173 @@
+"""Means, intervals, ranks and what is said of differences."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from cellmill.errors import CellmillError
+from cellmill.report.summary import (
+    NOT_SHOWN,
+    NOT_TESTED,
+    SHOWN,
+    Interval,
+    compare,
+    headline,
+    loss_headline,
+    number,
+    primary,
+    summarise,
+    with_interval,
+)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 30])
+def test_interval_is_scipys(n):
+    values = np.random.default_rng(n).normal(0.7, 0.1, n)
+    interval = Interval.of(values)
+    expected = stats.t.interval(0.95, n - 1, loc=values.mean(), scale=stats.sem(values))
+    assert interval.n == n
+    assert (interval.low, interval.high) == pytest.approx(expected)
+    assert interval.mean == pytest.approx(values.mean())
+
+
+def test_interval_by_hand():
+    """Values 1, 2, 3: mean 2, standard error 1/sqrt(3), t(2) = 4.302653."""
+    interval = Interval.of([1.0, 2.0, 3.0])
+    assert interval.high - 2 == pytest.approx(4.302653 / np.sqrt(3), rel=1e-6)
+
+
+def test_interval_of_few_or_equal_values():
+    assert Interval.of([]) == Interval(0, None, None, None, False)
+    assert Interval.of([0.5]) == Interval(1, 0.5, None, None, False)
+    assert Interval.of([0.5, 0.5, 0.5]) == Interval(3, 0.5, 0.5, 0.5, True)
+    assert Interval.of([0.4, np.nan, 0.6]).n == 2
+
+
+def test_compare():
+    low, high, wide, alone = (
+        Interval(3, 0, *ends, False) for ends in ((0.1, 0.2), (0.3, 0.4), (0.15, 0.35), (None, None))
+    )
+    assert compare(low, high) == compare(high, low) == SHOWN
+    assert compare(low, wide) == compare(wide, high) == NOT_SHOWN
+    assert compare(low, alone) == compare(alone, low) == NOT_TESTED
+    assert compare(Interval(3, 1, 1, 1, True), Interval(3, 1, 1, 1, True)) == NOT_SHOWN
+
+
+def test_numbers_as_printed():
+    assert number(0.12345) == "0.123"
+    assert number(-0.5) == "−0.500"
+    assert number(12345.6) == "12,346"
+    assert number(None) == number(np.nan) == "–"
+    assert with_interval(Interval(3, 0.5, 0.4, 0.6, False)) == "0.500 [0.400, 0.600]"
+
+
+def table(methods: dict, *, metric="macro_f1", task="annotation", higher=True, seeds=(0, 1, 2)) -> pd.DataFrame:
+    """Scores: name -> (kind, values over seeds); None is a null with a reason."""
+    rows = [
+        {
+            "run": "r", "task": task, "dataset": "d", "split": "mean" if task == "annotation" else "validation", "model": name, "kind": kind,
+            "regime": "zero_shot" if task == "annotation" else "none", "seed": seed, "metric": metric, "value": value, "higher_is_better": higher, "n": 10,
+            "seconds": 1.0, "reason": "too few cells" if value is None else None, "seen": "no", "code_version": "v", "commit": "c", "config_hash": "h",
+            "checkpoint": None,
+        }
+        for name, (kind, values) in methods.items()
+        for seed, value in zip(seeds, values, strict=True)
+    ]  # fmt: skip
+    return pd.DataFrame(rows).astype({"value": float})
+
+
+def standing(summary: pd.DataFrame) -> dict:
+    return dict(zip(summary["label"], zip(summary["rank"], summary["standing"], strict=True), strict=True))
+
+
+def test_ranks_leave_controls_and_nulls_out():
+    methods = {
+        "pca": ("baseline", [0.9, 0.9, 0.9]),
+        "net": ("model", [0.91, 0.90, 0.92]),
+        "net.untrained": ("untrained", [0.5, 0.52, 0.51]),
+        "broken": ("model", [None, None, None]),
+        "labels": ("control", [1.0, 1.0, 1.0]),
+    }
+    summary = summarise(table(methods))
+    assert standing(summary) == {
+        "pca": (2, NOT_SHOWN),
+        "net": (1, "first"),
+        "net, untrained": (3, SHOWN),
+        "broken": (None, None),
+        "labels": (None, None),
+    }
+    assert summary.set_index("label").loc["broken", "reason"] == "too few cells"
+    assert set(summary["of"].dropna()) == {3}
+
+
+def test_lower_is_better_turns_ranks_round():
+    methods = {"a": ("model", [5.0, 5.1, 5.2]), "b": ("baseline", [4.0, 4.0, 4.0])}
+    assert standing(summarise(table(methods, higher=False)))["b"] == (1, "first")
+    assert standing(summarise(table(methods, higher=True)))["a"] == (1, "first")
+
+
+def test_ties_share_a_rank():
+    methods = {"a": ("baseline", [0.5] * 3), "b": ("baseline", [0.5] * 3), "c": ("model", [0.1] * 3)}
+    assert standing(summarise(table(methods))) == {"a": (1, "first"), "b": (1, NOT_SHOWN), "c": (3, SHOWN)}
+
+
+def test_headline_when_a_baseline_wins():
+    methods = {
+        "pca": ("baseline", [0.9] * 3),
+        "net": ("model", [0.6, 0.62, 0.61]),
+        "net.untrained": ("untrained", [0.7, 0.71, 0.72]),
+    }
+    said = headline(summarise(table(methods)), "annotation", "d")
+    assert (
+        said.first
+        == "On d, zero-shot kNN annotation: the baseline pca ranks first of 3 (macro-F1 0.900, the same over 3 seeds)."
+    )
+    assert (
+        "The best pretrained model, net, ranks 3 (0.610 [0.585, 0.635], 3 seeds): behind, and the intervals do not overlap."
+        in said.more
+    )
+    assert "Pretraining leaves it worse than its untrained twin (0.710 [0.685, 0.735], 3 seeds)." in said.more
+
+
+def test_headline_when_the_model_wins_without_a_difference():
+    methods = {"pca": ("baseline", [0.9] * 3), "net": ("model", [0.85, 0.92, 0.96])}
+    said = headline(summarise(table(methods)), "annotation", "d")
+    assert said.first.startswith("On d, zero-shot kNN annotation: the pretrained model net ranks first of 2")
+    assert said.more == "No difference is shown between it and pca."
+
+
+def test_headline_of_one_seed_tests_nothing():
+    methods = {"pca": ("baseline", [0.9]), "net": ("model", [0.8]), "net.untrained": ("untrained", [0.7])}
+    said = str(headline(summarise(table(methods, seeds=(0,))), "annotation", "d"))
+    assert "0.900, 1 seed)" in said
+    assert "with a single seed the difference is not tested" in said
+    assert "above its untrained twin, untested" in said
+
+
+def test_headline_of_nulls_gives_the_reason():
+    said = headline(summarise(table({"net": ("model", [None] * 3)})), "annotation", "d")
+    assert str(said) == "On d, zero-shot kNN annotation has no macro-F1 to rank: too few cells."
+
+
+def test_loss_headline():
+    methods = {
+        "net": ("model", [5.0, 5.1, 5.2]),
+        "net.untrained": ("untrained", [9.0, 9.1, 9.2]),
+        "net.trivial": ("baseline", [5.1, 5.1, 5.1]),
+    }
+    summary = summarise(table(methods, metric="loss", task="pretraining", higher=False))
+    said = str(loss_headline(summary, "net"))
+    assert "below its untrained twin (9.100 [8.852, 9.348]; intervals apart)" in said
+    assert "not below its trivial baseline (5.100; no difference shown)" in said
+    assert loss_headline(summary, "other") is None
+
+
+def test_primary_takes_what_the_table_has():
+    summary = summarise(table({"net": ("model", [0.5] * 3)}, metric="accuracy"))
+    assert primary(summary, "annotation", "d") == ("zero_shot", "mean", "accuracy")
+
+
+def test_empty_table():
+    with pytest.raises(CellmillError, match="empty"):
+        summarise(table({"net": ("model", [0.5] * 3)}).iloc[:0])
