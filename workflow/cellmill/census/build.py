@@ -84,10 +84,10 @@ X_CONFIG = {  # tiles and filters of the Census's X/raw
         "create": {
             "capacity": 2**16,
             "dims": {
-                "soma_dim_0": {"tile": 2048, "filters": [{"_type": "ZstdFilter", "level": 5}]},
-                "soma_dim_1": {"tile": 2048, "filters": ["ByteShuffleFilter", {"_type": "ZstdFilter", "level": 5}]},
+                "soma_dim_0": {"tile": 2048, "filters": [{"_type": "ZstdFilter", "level": 3}]},
+                "soma_dim_1": {"tile": 2048, "filters": ["ByteShuffleFilter", {"_type": "ZstdFilter", "level": 3}]},
             },
-            "attrs": {"soma_data": {"filters": ["ByteShuffleFilter", {"_type": "ZstdFilter", "level": 5}]}},
+            "attrs": {"soma_data": {"filters": ["ByteShuffleFilter", {"_type": "ZstdFilter", "level": 3}]}},
             "cell_order": "row-major",
             "tile_order": "row-major",
             "allows_duplicates": True,

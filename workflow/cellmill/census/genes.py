@@ -139,7 +139,7 @@ def map_genes(var: pd.DataFrame, table: pd.DataFrame, where: str) -> pd.DataFram
             f"{where}: none of its {len(genes)} genes ({', '.join(genes[:3])}, ...) is an Ensembl id, a symbol or an "
             "alias of the gene table; name the genes by either, or give the organism's own table in census.gene_table"
         )
-    mapping = pd.DataFrame({"gene": genes, "feature_id": feature_id, "how": how})
+    mapping = pd.DataFrame({"gene": genes, "feature_id": feature_id.where(feature_id.notna(), None), "how": how})
     mapping["n_merged"] = feature_id.map(feature_id.value_counts()).fillna(0).astype("int64")
     return mapping
 

@@ -1,0 +1,96 @@
+"""Mapping of gene names to Ensembl ids."""
+
+import gzip
+
+import anndata as ad
+import pandas as pd
+import pytest
+from cellmill.census.genes import map_genes, mapped_shares, read_gene_table
+from cellmill.errors import CellmillError
+
+
+@pytest.fixture(scope="module")
+def table(demo_census) -> pd.DataFrame:
+    return read_gene_table(demo_census.genes)
+
+
+def test_id_symbol_alias_dots_ambiguous_and_none(table):
+    older = table[(table["aliases"] != "") & ~table["aliases"].isin(table["feature_name"])]
+    older = older[~older["aliases"].duplicated(keep=False)].iloc[0]
+    shared = table["feature_name"][table["feature_name"].duplicated()].iloc[0]
+    genes = ["ENSG00000254647.7", "GCG", older["aliases"], "HLA.A", shared, "no such gene", "INS"]
+    mapping = map_genes(pd.DataFrame(index=genes), table, "here.h5ad")
+    assert list(mapping["how"]) == ["id", "symbol", "alias", "symbol", "ambiguous", "none", "symbol"]
+    assert list(mapping["feature_id"]) == [
+        *("ENSG00000254647", "ENSG00000115263", older.name, "ENSG00000206503"),
+        *(None, None, "ENSG00000254647"),
+    ]
+    # INS came twice, once as id and once as symbol.
+    assert list(mapping["n_merged"]) == [2, 1, 1, 1, 0, 0, 2]
+
+
+def test_ids_in_a_column_go_before_names_in_the_index(table):
+    var = pd.DataFrame({"gene_ids": ["ENSG00000254647", "ENSG99999999999"]}, index=["GCG", "SST"])
+    mapping = map_genes(var, table, "here.h5ad")
+    assert list(mapping["feature_id"]) == ["ENSG00000254647", "ENSG00000157005"]
+    assert list(mapping["how"]) == ["id", "symbol"]
+
+
+@pytest.mark.parametrize(
+    ("file", "how", "share"),
+    [
+        ("cells/tenx_pbmc1k_v2.h5ad", "id", 0.95),
+        ("cells/harmony_kang_ifnb.h5ad", "symbol", 0.85),
+        ("formats/cellxgene_placenta.h5ad", "symbol", 0.8),
+    ],
+)
+def test_real_data_sets_map(data, table, file, how, share):
+    var = ad.read_h5ad(data / file, backed="r").var
+    mapping = map_genes(var, table, file)
+    assert len(mapping) == len(var)
+    assert (mapping["how"] == how).mean() > share
+    mapped = mapping.dropna(subset="feature_id")
+    assert mapped["feature_id"].isin(table.index).all()
+    assert set(mapping["how"][mapping["feature_id"].isna()]) <= {"ambiguous", "none"}
+
+
+def test_symbols_agree_with_the_ids_of_the_same_file(data, table):
+    # 10x files carry both; where the symbol maps, it must nearly always name the id beside it.
+    var = ad.read_h5ad(data / "cells/tenx_pbmc1k_v2.h5ad", backed="r").var
+    by_symbol = map_genes(pd.DataFrame(index=var["symbol"].astype(str).drop_duplicates()), table, "symbols")
+    ids = pd.Series(var.index, index=var["symbol"].astype(str))
+    ids = ids[~ids.index.duplicated()]
+    both = by_symbol.dropna(subset="feature_id")
+    both = both[both["gene"].map(ids).isin(table.index)]
+    assert len(both) > 20_000
+    assert (both["feature_id"] == both["gene"].map(ids)).mean() > 0.995
+
+
+def test_shares_count_genes_and_counts(demo_census):
+    shares = mapped_shares(pd.read_parquet(demo_census.mapping))
+    sums = shares.groupby("dataset_id")[["gene_share", "count_share"]].sum()
+    assert sums.to_numpy() == pytest.approx(1)
+    baron = shares[shares["dataset_id"] == "baron_pancreas"].set_index("how")
+    assert baron["genes"].sum() == 20125
+    assert baron.loc["symbol", "count_share"] > 0.95
+
+
+def test_bad_genes_end_in_one_sentence(table):
+    with pytest.raises(CellmillError, match="gene INS stands twice in var"):
+        map_genes(pd.DataFrame(index=["INS", "GCG", "INS"]), table, "here.h5ad")
+    with pytest.raises(CellmillError, match=r"here.h5ad: none of its 2 genes \(gene_1, gene_2"):
+        map_genes(pd.DataFrame(index=["gene_1", "gene_2"]), table, "here.h5ad")
+
+
+def test_bad_gene_tables_end_in_one_sentence(tmp_path):
+    with pytest.raises(CellmillError, match="does not exist"):
+        read_gene_table(tmp_path / "absent.csv.gz")
+    few = tmp_path / "few.csv"
+    few.write_text("ENSG00000254647,INS\n")
+    with pytest.raises(CellmillError, match="has 2 columns"):
+        read_gene_table(few)
+    twice = tmp_path / "twice.csv.gz"
+    with gzip.open(twice, "wt") as file:
+        file.write("ENSG00000254647,INS,7,465,protein_coding\n" * 2)
+    with pytest.raises(CellmillError, match="names ENSG00000254647 twice"):
+        read_gene_table(twice)

