@@ -39,7 +39,9 @@ def server(data, tmp_path_factory):
     """Start a child on a folder of results: ``start(name, folder, moment)``."""
     corpus = make_corpus(tmp_path_factory.mktemp("corpus"), data)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cellmill.pretrain", "cellmill.models.geneformer", "cellmill.models.scgpt"])
+    # all that a child would otherwise import on its own; torch.optim imports torch._dynamo at first use
+    modules = ["pandas", "torch._dynamo", "cellmill.pretrain", "cellmill.models.geneformer", "cellmill.models.scgpt"]
+    context.set_forkserver_preload(modules)
 
     def start(name, folder, moment=None):
         arguments = (str(corpus.folder), name, str(folder / "out"), str(folder / "state"), moment)

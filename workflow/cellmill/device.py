@@ -17,7 +17,8 @@ def use_threads(threads: int) -> torch.device:
     """Set the process's CPU threads, make the CPU's operations deterministic, and return the device."""
     device = best_device()
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(device.type == "cpu")
+    # as use_deterministic_algorithms, which imports torch's compiler first and so takes seconds
+    torch.set_deterministic_debug_mode("error" if device.type == "cpu" else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
