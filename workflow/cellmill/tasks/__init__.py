@@ -64,8 +64,8 @@ def score_embeddings(
     dataset
         The benchmark's name.
     embeddings
-        For each embedding its .npy file, float32 [cells, E] in the order of the shards, and what is known of it: `model`
-        (the name in the table), `kind`, `seed`, `seen` and `checkpoint` (its hash, or None).
+        For each embedding its .npy file, float32 [cells, E] in the order of the shards, and what is known of it:
+        `model` (the name in the table), `kind`, `seed`, `seen` and `checkpoint` (its hash, or None).
     shards
         The benchmark's folder of shards.
     section
@@ -88,7 +88,9 @@ def score_embeddings(
     cells = Shards(shards)
     target = Target.read(cells, section.label, section.batch, section.min_cells_per_label)
     scorer = task(settings, cache)
+    scorer.start()
     rows = []
+    # one thread, set after the libraries are loaded: sums depend on the number of threads, to the bit
     with Progress(f"{task.name} of {dataset}", len(embeddings)) as progress, threadpool_limits(1):
         if target.left_out:
             few = ", ".join(f"{name or '(none)'} {n}" for name, n in target.left_out.items())
@@ -99,9 +101,8 @@ def score_embeddings(
             scored = scorer.score(x_NE, target, meta["seed"])
             columns = {name: meta[name] for name in ("model", "kind", "seed", "seen", "checkpoint")}
             rows += [row(task=task.name, dataset=dataset, **columns, **provenance, **score) for score in scored]
-            progress.say(
-                f"{meta['model']}, seed {meta['seed']}: {len(scored)} scores, {time.perf_counter() - start:.1f} s"
-            )
+            seconds = time.perf_counter() - start
+            progress.say(f"{meta['model']}, seed {meta['seed']}: {len(scored)} scores, {seconds:.1f} s")
     return rows
 
 

@@ -21,9 +21,7 @@ class Settings:
     """How annotation is scored."""
 
     neighbors: int = field(default=15, metadata={"description": "Neighbours that vote, by 1/distance.", "ge": 1})
-    distance: Literal["cosine", "euclidean"] = field(
-        default="cosine", metadata={"description": "Distance of the neighbours."}
-    )
+    distance: Literal["cosine", "euclidean"] = field(default="cosine", metadata={"description": "Between cells."})
     inverse_regularisation: tuple[float, ...] = field(
         default=(0.001, 0.01, 0.1, 1.0), metadata={"description": "Values of C that the linear probe chooses from."}
     )
@@ -41,7 +39,7 @@ def knn_predict(x_TE: np.ndarray, labels_T: np.ndarray, x_SE: np.ndarray, neighb
 
 
 def _inner_folds(labels_T: np.ndarray, batches_T: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(training rows, validation rows): each training batch left out; three random parts where there is only one batch."""
+    """(training rows, validation rows): each training batch left out, or three random parts of the only one."""
     names = np.unique(batches_T)
     if len(names) > 1:
         parts_T = batches_T
@@ -61,9 +59,9 @@ def _probe_path(x_TE: np.ndarray, labels_T: np.ndarray, cs: tuple[float, ...]):
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(x_TE)
-    classifier = LogisticRegression(solver="lbfgs", tol=1e-3, max_iter=300, warm_start=True)
+    classifier = LogisticRegression(solver="lbfgs", max_iter=1000, warm_start=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the path ends at max_iter, by intent
+        warnings.simplefilter("ignore", ConvergenceWarning)  # embeddings that no probe fits are scored as they are
         for c in sorted(cs):
             yield c, scaler, classifier.set_params(C=c).fit(scaler.transform(x_TE), labels_T)
 
@@ -73,8 +71,8 @@ def probe_predict(
 ) -> np.ndarray:
     """Labels of `x_SE` by multinomial logistic regression (L2) on embeddings standardised by the training cells.
 
-    C has the best mean macro-F1 when each training batch in turn is held out; the test cells play no part. Of equally good
-    values the smallest is taken.
+    C has the best mean macro-F1 when each training batch in turn is held out; the test cells play no part. Of equally
+    good values the smallest is taken.
     """
     from sklearn.metrics import f1_score
 
@@ -113,6 +111,12 @@ class Annotation(Task):
     regimes = ("zero_shot", "linear_probe")
     metrics = {"accuracy": True, "balanced_accuracy": True, "macro_f1": True, "weighted_f1": True}
     Settings = Settings
+
+    def start(self) -> None:
+        """See `Task.start`."""
+        import sklearn.linear_model
+        import sklearn.metrics
+        import sklearn.neighbors  # noqa: F401
 
     def score(self, x_NE: np.ndarray, target: Target, seed: int) -> list[dict]:
         """See `Task.score`. Splits: ``leave_out:BATCH`` for each batch, and ``mean`` over those that have a value."""

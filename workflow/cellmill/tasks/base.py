@@ -15,7 +15,7 @@ from cellmill.tasks.data import Target
 
 
 class Task:
-    """Base of every task that scores cell embeddings. A module ``cellmill/tasks/NAME.py`` sets ``TASK`` to its subclass.
+    """Base of every task that scores cell embeddings. A module ``cellmill/tasks/NAME.py`` sets ``TASK`` to a subclass.
 
     Parameters
     ----------
@@ -36,6 +36,9 @@ class Task:
 
     def __init__(self, settings, cache: Path | None = None):
         self.settings, self.cache = settings, cache
+
+    def start(self) -> None:
+        """Import and set up what `score` needs: called once, before the number of threads is limited."""
 
     def score(self, x_NE: np.ndarray, target: Target, seed: int) -> list[dict]:
         """Score one embedding.
@@ -60,8 +63,8 @@ class Task:
     def measure(self, function: Callable[[], dict[str, float]], metrics: tuple[str, ...], **columns) -> list[dict]:
         """Rows for `metrics`, from one call of `function`.
 
-        A metric that cannot be computed is a row with a null value and the reason: `function` raised, or the value is not
-        finite. A `seconds` is the whole call's, since its metrics share their work.
+        A metric that cannot be computed is a row with a null value and the reason: `function` raised, or the value is
+        not finite. `seconds` is the whole call's, since its metrics share their work.
 
         Parameters
         ----------

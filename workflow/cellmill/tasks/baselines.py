@@ -26,7 +26,7 @@ _MIN_CELLS_PER_BATCH = 10
 
 
 def fit_pca(x_NG: sparse.csr_matrix, n_components: int, seed: int):
-    """Principal components of a sparse matrix, centred implicitly; `n_components` at most one below the smaller side."""
+    """Principal components of a sparse matrix, centred implicitly; at most one fewer than its smaller side."""
     from sklearn.decomposition import PCA
 
     n_components = min(n_components, min(x_NG.shape) - 1)
@@ -38,9 +38,9 @@ def fit_pca(x_NG: sparse.csr_matrix, n_components: int, seed: int):
 def variable_genes(x_NV: sparse.csr_matrix, batches_N: np.ndarray, n_genes: int) -> np.ndarray:
     """Highly variable genes of log1p(CP10k), chosen within each batch.
 
-    Normalised dispersion (Satija et al., Nature Biotechnology 2015), ranked by the number of batches in which a gene is
-    among the `n_genes` most variable, then by its mean dispersion, as scanpy does with a `batch_key`. Genes in fewer than
-    10 cells, and batches of fewer than 10 cells, are not looked at.
+    Normalised dispersion (Satija et al., Nature Biotechnology 2015), ranked by the number of batches in which a gene
+    is among the `n_genes` most variable, then by its mean dispersion, as scanpy does with a `batch_key`. Genes in
+    fewer than 10 cells, and batches of fewer than 10 cells, are not looked at.
 
     Returns
     -------
@@ -147,6 +147,8 @@ def embed_baseline(name: str, target: Shards, corpus: Shards, *, batch: str, see
     CellmillError
         If the baseline is unknown, a column is missing, or there are too few cells, genes or batches.
     """
+    import scanpy  # noqa: F401, before the limit, which holds for the libraries that are loaded
+    import sklearn.decomposition  # noqa: F401
     from threadpoolctl import threadpool_limits
 
     if name not in BASELINES:

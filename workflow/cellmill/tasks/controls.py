@@ -19,9 +19,9 @@ _ANGLES = 4
 def labels_embedding(labels_N: np.ndarray, seed: int) -> np.ndarray:
     """One-hot labels, spread a little: the best possible embedding for every metric of labels, and well mixed batches.
 
-    Cells of a label must not coincide, or their nearest neighbours would be ties. Each gets a random place on a torus of
-    radius 0.001 (four angles, as cosines and sines): it has no border, so that each cell is some other's neighbour and a
-    label's cells form one connected, evenly dense cloud.
+    Cells of a label must not coincide, or their nearest neighbours would be ties. Each gets a random place on a torus
+    of radius 0.001 (four angles, as cosines and sines): it has no border, so that each cell is some other's neighbour
+    and a label's cells form one connected, evenly dense cloud.
 
     Returns
     -------

@@ -119,14 +119,13 @@ class Target:
     ):
         labels_M, batches_M = column(obs, label, "cell types"), column(obs, batch, "batches")
         names, counts = np.unique(labels_M, return_counts=True)
-        scored = [
-            n for n, c in zip(names, counts, strict=True) if c >= min_cells_per_label and n.lower() not in UNLABELLED
-        ]
+        count_of = dict(zip(names.tolist(), counts.tolist(), strict=True))
+        scored = [name for name, n in count_of.items() if n >= min_cells_per_label and name.lower() not in UNLABELLED]
         self._keep_M = np.isin(labels_M, scored)
         self._read_cells = read_cells
         self.rows_N = np.flatnonzero(self._keep_M)
         self.labels_N, self.batches_N = labels_M[self._keep_M], batches_M[self._keep_M]
-        self.left_out = {str(n): int(c) for n, c in zip(names, counts, strict=True) if n not in scored}
+        self.left_out = {name: n for name, n in count_of.items() if name not in scored}
         self.n_all = len(obs)
         if not scored:
             raise CellmillError(

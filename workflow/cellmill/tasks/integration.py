@@ -1,7 +1,7 @@
 """Batch integration: do a cell's neighbours share its type, whatever their batch? The scIB metrics.
 
-Luecken et al., Nature Methods 2022, through scib-metrics where it gives the same bits twice (docs/tasks/integration.md says
-where it does not and what stands in).
+Luecken et al., Nature Methods 2022, through scib-metrics where it gives the same bits twice; docs/tasks/integration.md
+says where it does not, and what stands in.
 
 Legend: N cells, E width of an embedding, K neighbours, P principal components of the unintegrated data.
 """
@@ -68,13 +68,12 @@ def exact_neighbors(x_NE: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def kbet_per_label(connectivities, batches_N: np.ndarray, labels_N: np.ndarray, alpha: float = 0.05) -> float:
-    """kBET (Buttner et al., Nature Methods 2019) within each label, averaged: the share of cells whose neighbourhood has
-    the label's own mix of batches by a chi-squared test.
+    """Share of cells whose neighbourhood has their label's own mix of batches (chi-squared test), averaged over labels.
 
-    The rules are those of `scib_metrics.kbet_per_label`: labels of fewer than 10 cells or a single batch are skipped,
-    neighbours are sought in a diffusion map of the label's own graph, and a label that falls into too many small pieces
-    scores 0. Here eigenvectors and neighbours are exact, so that two runs agree to the bit, and the number of diffusion
-    components of a label does not depend on the labels before it.
+    This is kBET (Buttner et al., Nature Methods 2019) by the rules of `scib_metrics.kbet_per_label`: labels of fewer
+    """Share of cells whose neighbourhood has their label's mix of batches (chi-squared test), averaged over labels.
+    label that falls into too many small pieces scores 0. Here eigenvectors and neighbours are exact, so that two runs
+    agree to the bit, and a label's number of diffusion components does not depend on the labels before it.
 
     Parameters
     ----------
@@ -117,8 +116,7 @@ def kbet_per_label(connectivities, batches_N: np.ndarray, labels_N: np.ndarray, 
 
 
 def _diffusion_map(graph: sparse.csr_matrix, n_components: int = 100) -> np.ndarray:
-    """[N, components] eigenvectors of the symmetric transition matrix, weighted so that Euclidean distance sums the
-    diffusion distances of all numbers of steps (Haghverdi et al., Nature Methods 2016)."""
+    """[N, components]: Euclidean distance in it sums diffusion over all numbers of steps (Haghverdi et al., 2016)."""
     from scipy.linalg import eigh
     from scipy.sparse.linalg import eigsh
 
@@ -140,10 +138,13 @@ def _diffusion_map(graph: sparse.csr_matrix, n_components: int = 100) -> np.ndar
 
 
 def start_jax(cache: Path | None) -> None:
-    """Before JAX is first used: its sums in one thread, its compiled programs kept in the folder `cache`."""
+    """Load what scoring needs: JAX's sums in one thread, its compiled programs kept in the folder `cache`."""
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     import jax
     import numba
+    import scib_metrics  # noqa: F401
+    import sklearn.cluster
+    import sklearn.decomposition  # noqa: F401
 
     numba.set_num_threads(1)
     if cache is not None:
@@ -225,9 +226,8 @@ class _Metrics:
         return {"pcr_comparison": found}
 
     def graph_connectivity(self) -> dict[str, float]:
-        return {
-            "graph_connectivity": scib().graph_connectivity(self._neighbors(self.settings.neighbors), self.labels_N)
-        }
+        graph = self._neighbors(self.settings.neighbors)
+        return {"graph_connectivity": scib().graph_connectivity(graph, self.labels_N)}
 
     def ilisi(self) -> dict[str, float]:
         return {"ilisi": scib().ilisi_knn(self._neighbors(self.settings.lisi_neighbors), self.batches_N)}
@@ -261,9 +261,12 @@ class Integration(Task):
     metrics = dict.fromkeys([m for _, metrics, _ in _STEPS for m in metrics] + list(AGGREGATES), True)
     Settings = Settings
 
+    def start(self) -> None:
+        """See `Task.start`."""
+        start_jax(self.cache)
+
     def score(self, x_NE: np.ndarray, target: Target, seed: int) -> list[dict]:
         """See `Task.score`. One split: ``all``."""
-        start_jax(self.cache)
         columns = {"split": "all", "regime": "zero_shot", "n": len(x_NE)}
         found = _Metrics(x_NE, target, self.settings, seed)
         distinct = {"label": len(np.unique(target.labels_N)), "batch": len(np.unique(target.batches_N))}
@@ -278,13 +281,13 @@ class Integration(Task):
         for method, metrics, needs in _STEPS:
             rows += self.measure(lambda method=method, needs=needs: checked(method, needs), metrics, **columns)
         for name, parts in AGGREGATES.items():
-            rows += self.measure(lambda name=name, parts=parts: {name: weighted_mean(parts, rows)}, (name,), **columns)
+            values = {row["metric"]: row["value"] for row in rows}
+            rows += self.measure(lambda n=name, p=parts, v=values: {n: weighted_mean(p, v)}, (name,), **columns)
         return rows
 
 
-def weighted_mean(parts: dict[str, float], rows: list[dict]) -> float:
+def weighted_mean(parts: dict[str, float], values: dict[str, float | None]) -> float:
     """The weighted mean of the metrics `parts` (weight by name), which exists only where all of them do."""
-    values = {row["metric"]: row["value"] for row in rows}
     missing = [metric for metric in parts if values[metric] is None]
     if missing:
         raise NotPossible(f"{', '.join(missing)} could not be computed")
