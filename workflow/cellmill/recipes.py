@@ -1,7 +1,7 @@
 """What a user may set of a model: its architecture, its training, how its embeddings are read.
 
-Plain frozen dataclasses, so that a GPU node needs no validator to read them; `cellmill.config` validates the same classes
-(types and the bounds in ``metadata``) before any job starts.
+Plain frozen dataclasses, so that a GPU node needs no validator to read them; `cellmill.config` validates the same
+classes (types and the bounds in ``metadata``) before any job starts.
 """
 
 from dataclasses import dataclass, field
