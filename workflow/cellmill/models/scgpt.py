@@ -180,7 +180,7 @@ class Scgpt(CellModel):
         return {"tokens": torch.from_numpy(tokens_BL), "values": torch.from_numpy(values_BL)}
 
     def pretrain_inputs(self, cells: CellBatch, *, seed: int, step: int | None) -> Inputs:
-        """`tokens`, `values` [B, L]; `positions` [M] of hidden genes in the flattened tokens; `targets` [M], their bins.
+        """`tokens`, `values` [B, L]; `positions` [M] of hidden genes in flat tokens; `targets` [M], their bins.
 
         A share of 1/4, 1/2 or 3/4 of each cell's (sampled) genes is hidden, one share for the whole step; 1/2 in
         validation. Hidden genes carry the padding value, which the network does not read.
