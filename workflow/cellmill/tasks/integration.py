@@ -71,7 +71,7 @@ def kbet_per_label(connectivities, batches_N: np.ndarray, labels_N: np.ndarray, 
     """Share of cells whose neighbourhood has their label's own mix of batches (chi-squared test), averaged over labels.
 
     This is kBET (Buttner et al., Nature Methods 2019) by the rules of `scib_metrics.kbet_per_label`: labels of fewer
-    """Share of cells whose neighbourhood has their label's mix of batches (chi-squared test), averaged over labels.
+    than 10 cells or a single batch are skipped, neighbours are sought in a diffusion map of its own graph, and a
     label that falls into too many small pieces scores 0. Here eigenvectors and neighbours are exact, so that two runs
     agree to the bit, and a label's number of diffusion components does not depend on the labels before it.
 
