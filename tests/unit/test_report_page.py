@@ -1,4 +1,4 @@
-"""The report on a small run made of real Baron cells: what it says, what it holds, that it asks nothing of the network."""
+"""The report on a small run made of real Baron cells: what it says, what it holds, that it loads nothing."""
 
 import json
 import re
@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import scipy.sparse as sp
-
 from cellmill import scores
 from cellmill.config import DEMO
 from cellmill.errors import CellmillError
@@ -79,11 +78,27 @@ def score_rows(seeds, methods=METHODS, datasets=("baron_pancreas",)) -> list[dic
     def add(task, dataset, split, model, kind, regime, seed, metric, value, higher=True, reason=None):
         rows.append(
             scores.row(
-                run="test", task=task, dataset=dataset, split=split, model=model, kind=kind, regime=regime, seed=seed, metric=metric, value=value,
-                higher_is_better=higher, n=1937, seconds=1.5, reason=reason, seen="no", code_version="c0de", commit="abc", config_hash="c0ff",
+                run="test",
+                task=task,
+                dataset=dataset,
+                split=split,
+                model=model,
+                kind=kind,
+                regime=regime,
+                seed=seed,
+                metric=metric,
+                value=value,
+                higher_is_better=higher,
+                n=1937,
+                seconds=1.5,
+                reason=reason,
+                seen="no",
+                code_version="c0de",
+                commit="abc",
+                config_hash="c0ff",
                 checkpoint="f00d" if kind == "model" else None,
             )
-        )  # fmt: skip
+        )
 
     for seed in seeds:
         for dataset in datasets:
@@ -260,7 +275,7 @@ def make_run(root: Path, data: Path, *, seeds=(0, 1, 2), n_cells=300, methods=ME
             path = root / "benchmarks" / (f"{rule}/{job}.tsv" if job else f"{rule}.tsv")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(
-                f"s\th:m:s\tmax_rss\tmax_vms\tcpu_time\n{30.5 * (i + 1)}\t0:00:30\t{'NA' if job is None else 812.5}\t900\t29.1\n"
+                f"s\th:m:s\tmax_rss\tcpu_time\n{30.5 * (i + 1)}\t0:00:30\t{'NA' if job is None else 812.5}\t29.1\n"
             )
             timings.append(path)
     rows = score_rows(seeds, methods)
@@ -503,8 +518,8 @@ def test_embedding_of_other_cells_is_an_error(run, tmp_path, bare):
 def test_failed_write_leaves_the_old_page(run, tmp_path, bare):
     old = tmp_path / "index.html"
     old.write_text("old")
+    (tmp_path / "log.parquet").write_bytes(b"half")
     with pytest.raises(CellmillError, match="cannot be read as parquet"):
-        (tmp_path / "log.parquet").write_bytes(b"half")
         bare(score_rows((0,)), logs=[tmp_path / "log.parquet"])
     assert old.read_text() == "old"
     assert {path.name for path in tmp_path.iterdir()} == {"index.html", "log.parquet", "scores.parquet"}

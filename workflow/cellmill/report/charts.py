@@ -1,9 +1,9 @@
 """The report's charts: Vega-Lite specs without data.
 
-Every chart is a template: its data set is called ``source`` and is filled in by the page, so that one spec serves every data set and
-embedder, and the same cells serve every panel. Charts hold marks and axes only; titles, legends and choosers are HTML, and
-where the height depends on the number of rows the page sets it. Colours are CSS
-variables (``var(--model)``), so that light, dark and print need no second spec; the UMAPs, drawn on a canvas, use fixed mid-tones.
+Every chart is a template: its data set is called ``source`` and is filled in by the page, so that one spec serves every
+data set and embedder, and the same cells serve every panel. Charts hold marks and axes only; titles, legends and
+choosers are HTML, and where the height depends on the number of rows the page sets it. Colours are CSS variables
+(``var(--model)``), so that light, dark and print need no second spec; UMAPs, drawn on a canvas, use fixed mid-tones.
 """
 
 import altair as alt
@@ -53,7 +53,7 @@ CONFIG = {
 
 
 def dots(references: bool) -> dict:
-    """Methods with their mean, interval and seeds, `references` (controls) as dashed lines. Data: rows of `page._dot_rows`."""
+    """Methods with mean, interval and seeds; with `references`, controls as dashed lines. Data: `sections._dot_rows`."""
     regime, split, metric = (alt.param(name=name, value="") for name in ("regime", "split", "metric"))
     controls, focus = alt.param(name="controls", value=True), alt.param(name="focus", value="")
     y = alt.Y("label:N", title=None, sort=alt.EncodingSortField(field="order", op="min", order="ascending"))
@@ -115,7 +115,7 @@ def dots(references: bool) -> dict:
 
 
 def curves() -> dict:
-    """Training curves: one line per seed and split. Data: ``step, split, seed, metric, value``; split `trivial` is a reference line."""
+    """Training curves of every seed; split `trivial` is a level. Data: ``step, split, seed, metric, value``."""
     metric = alt.param(name="metric", value="")
     colour = alt.Color(
         "split:N",
@@ -156,7 +156,7 @@ def curves() -> dict:
 
 
 def umap(categories: list[str], field: str) -> dict:
-    """Embedding coloured by `field`. Data: ``x, y`` in [0, 1000], ``label, batch`` and their shortened twins ``label_group, batch_group``."""
+    """Cells coloured by `field`. Data: ``x, y`` in [0, 1000], ``label, batch``, and ``*_group``, rare ones joined."""
     focus = alt.param(name="focus", value="")
     named = [name for name in categories if name != OTHER]
     colours = CATEGORIES[: len(named)] + [REST] * (OTHER in categories)
@@ -204,7 +204,7 @@ def split_bars() -> dict:
 
 
 def histogram(log: bool, thresholds: bool) -> dict:
-    """Cells over a QC quantity, kept and removed stacked, with `thresholds`. Data: ``x0, x1, y0, y1, part``, and ``threshold`` alone."""
+    """Cells over a QC quantity, kept below removed. Data: ``x0, x1, y0, y1, part``, and rows of ``threshold``."""
     scale = alt.Scale(type="log", nice=False) if log else alt.Scale(nice=False, zero=True)
     colour = alt.Color(
         "part:N", legend=None, scale=alt.Scale(domain=["kept", "removed"], range=["var(--bar)", "var(--removed)"])
@@ -241,7 +241,7 @@ def histogram(log: bool, thresholds: bool) -> dict:
 
 
 def jobs() -> dict:
-    """One tick per job of a rule. Data: ``rule, job, value, seconds_text, memory_text``; the quantity is on a logarithmic axis."""
+    """One point per job of a rule, logarithmic. Data: ``rule, job, order, value, seconds_text, memory_text``."""
     chart = (
         alt.Chart()
         .mark_circle(size=45, opacity=0.65, color="var(--bar-deep)")

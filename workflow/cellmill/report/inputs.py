@@ -35,7 +35,7 @@ def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     missing = [name for name in columns if name not in table.column_names]
     if missing:
         raise CellmillError(
-            f"{path} has no column {', '.join(missing)}; it was not written by this version of cellmill, so delete it and run again"
+            f"{path} has no column {', '.join(missing)}; another version wrote it, so delete it and run again"
         )
     return table.to_pandas()
 
@@ -50,7 +50,7 @@ def seed_of(name: str) -> int:
 
 
 def read_logs(paths: list[Path]) -> dict[str, pd.DataFrame]:
-    """Training logs by model: ``step, split, seed, metric, value``, each curve thinned evenly to at most `CURVE_POINTS` points."""
+    """Training logs by model: ``step, split, seed, metric, value``, each curve thinned to about `CURVE_POINTS`."""
     logs = {}
     for path in paths:
         log = read_table(path, ["step", "split", "metric", "value"]).assign(seed=seed_of(path.parent.name))
@@ -93,7 +93,7 @@ QUANTITIES = {
 
 
 def read_histograms(path: Path, quality: dict) -> dict[str, list[dict]]:
-    """Histograms of the QC quantities, read batch by batch: rows for `charts.histogram`, with the thresholds of `quality`."""
+    """Histograms by QC quantity, read batch by batch: rows of `charts.histogram`, with the thresholds of `quality`."""
     edges = {name: _edges(log) for name, (_, log, _) in QUANTITIES.items()}
     counts = {name: np.zeros((2, len(edges[name]) - 1), int) for name in QUANTITIES}
     try:
@@ -152,8 +152,8 @@ def read_projections(paths: list[Path], obs: dict[str, pa.Table], datasets: dict
     Returns
     -------
     dict
-        By data set: ``cells`` (columns ``label, batch, label_group, batch_group``), ``label_categories, batch_categories``, ``panels`` (``embedder,
-        kind, seed, width, x, y``), ``n_cells, n_shown``.
+        By data set: ``cells`` (columns ``label, batch, label_group, batch_group``), ``label_categories``,
+        ``batch_categories``, ``panels`` (``embedder, kind, seed, width, x, y``), ``n_cells``, ``n_shown``.
     """
     first = {}
     for path in sorted(paths, key=lambda p: seed_of(p.stem)):
@@ -199,7 +199,7 @@ def _categories(obs: pa.Table, section: dict, order: np.ndarray) -> dict:
         column = section[role]
         if column not in obs.column_names:
             raise CellmillError(
-                f"the shards have no column {column}, which the config names as a data set's {role}; add it to census.extra_obs"
+                f"the shards have no column {column}, which the config names as a {role}; add it to census.extra_obs"
             )
         values = obs[column].to_pandas().astype("string").fillna("unknown").iloc[order]
         counts = values.value_counts()
@@ -211,7 +211,17 @@ def _categories(obs: pa.Table, section: dict, order: np.ndarray) -> dict:
 
 
 def project(x_NE: np.ndarray) -> np.ndarray:
-    """UMAP of `x_NE` [N, E] with a fixed random state, 15 neighbours and exact Euclidean distances, scaled to integers in [0, 1000]: [N, 2]."""
+    """UMAP of embeddings, 15 exact Euclidean neighbours, fixed random state.
+
+    Parameters
+    ----------
+    x_NE
+        float32 [N, E], N cells.
+
+    Returns
+    -------
+    int [N, 2], scaled to 0 to 1000.
+    """
     from sklearn.neighbors import NearestNeighbors
     from umap import UMAP
 
@@ -241,7 +251,7 @@ def project(x_NE: np.ndarray) -> np.ndarray:
 
 
 def read_timings(paths: list[Path]) -> list[dict]:
-    """Snakemake benchmark files, one per job: ``rule, job, seconds, memory_mb, cpu_seconds``; missing measurements are None."""
+    """Snakemake benchmark files, one per job: ``rule, job, seconds, memory_mb``; missing measurements are None."""
     jobs = []
     for path in paths:
         parts = path.with_suffix("").parts
@@ -253,7 +263,7 @@ def read_timings(paths: list[Path]) -> list[dict]:
     return jobs
 
 
-_MEASURES = {"seconds": "s", "memory_mb": "max_rss", "cpu_seconds": "cpu_time"}
+_MEASURES = {"seconds": "s", "memory_mb": "max_rss"}
 
 
 def _measured(text: str | None) -> float | None:

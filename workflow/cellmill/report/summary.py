@@ -1,8 +1,8 @@
 """Statistics of the report: means and intervals over seeds, ranks, and which differences are shown.
 
-The interval is Student's t interval of the mean over seeds (n - 1 degrees of freedom). It covers the randomness of the seeds, not the
-choice of cells or donors. Two methods differ only where their intervals do not overlap, which is stricter than a t test
-at the same level; where an interval is missing, nothing is said.
+The interval is Student's t interval of the mean over seeds (n - 1 degrees of freedom). It covers the randomness of the
+seeds, not the choice of cells or donors. A difference is shown only where two intervals do not overlap, which asks for
+more than a t test at the same level; where an interval is missing, nothing is said.
 """
 
 from dataclasses import dataclass
@@ -101,8 +101,9 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     pd.DataFrame
-        `COMPARISON` and `METHOD` columns, then ``label, n, mean, low, high, deterministic, values, seeds, rank, of, standing,
-        reason, seen, higher_is_better, cells, seconds`` and `TRACES`. Ranks are among the kinds `RANKED`; ties share the better rank.
+        `COMPARISON` and `METHOD` columns, then ``label, n, mean, low, high, deterministic, values, seeds, rank, of,
+        standing, reason, seen, higher_is_better, cells, seconds`` and `TRACES`. Ranks are among the kinds `RANKED`;
+        ties share the better rank.
     """
     if scores.empty:
         raise CellmillError(
@@ -202,7 +203,7 @@ class Headline:
 
 
 def headline(summary: pd.DataFrame, task: str, dataset: str) -> Headline:
-    """What the primary metric of one task and data set says, computed from the table: who is first, how the best model stands."""
+    """What the table says of one task and data set by its primary metric: who is first, how the best model stands."""
     regime, split, metric = primary(summary, task, dataset)
     rows = summary[
         (summary[["task", "dataset", "regime", "split", "metric"]] == (task, dataset, regime, split, metric)).all(
@@ -228,7 +229,8 @@ def headline(summary: pd.DataFrame, task: str, dataset: str) -> Headline:
         best = models.iloc[0]
         if top["kind"] != "model":
             more.append(
-                f"The best pretrained model, {best['label']}, ranks {best['rank']} ({_measured(best)}): {_against_first(best)}."
+                f"The best pretrained model, {best['label']}, ranks {best['rank']} ({_measured(best)}): "
+                f"{_against_first(best)}."
             )
         more.append(_against_twin(best, ranked))
     return Headline(first, " ".join(filter(None, more)))
@@ -276,7 +278,7 @@ def _against_twin(model, ranked: pd.DataFrame) -> str:
 
 
 def loss_headline(summary: pd.DataFrame, model: str) -> Headline | None:
-    """Whether `model`'s held-out loss is below that of its untrained twin and of its trivial baseline; None without a loss."""
+    """Is `model`'s held-out loss below its untrained twin's and its trivial baseline's; None where it has no loss."""
     rows = summary[
         (summary["task"] == "pretraining") & (summary["metric"] == "loss") & (summary["model"].map(base_name) == model)
     ]

@@ -1,0 +1,376 @@
+"""The sections of the report: what each shows, gathered from the files of a run into plain data for the template.
+
+A builder returns what the template writes and registers with `Figures` what the page's script draws.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+
+from cellmill.census.genes import HOW, mapped_shares
+from cellmill.report import charts, inputs, summary
+from cellmill.shards.dataset import Shards
+from cellmill.vocabulary import Vocabulary
+
+
+class Figures:
+    """What the page's script draws: specs, shared data, figures."""
+
+    def __init__(self):
+        self.payload = {"specs": {}, "data": {}}
+
+    def figure(self, spec: str, template: dict, source: str, rows, *, height: int | None = None, **signals) -> dict:
+        """Register a figure and return what the template needs of it.
+
+        `rows` is a list of records, or None where `source` is there already; `height` (px) overrides the spec's.
+        """
+        self.payload["specs"].setdefault(spec, template)
+        if rows is not None:
+            self.payload["data"][source] = columns(rows)
+        return {
+            "spec": spec,
+            "source": source,
+            "signals": signals,
+            "id": f"{spec}-{source}",
+            "height": height or template["height"],
+        }
+
+
+def columns(rows: list[dict]) -> dict[str, list]:
+    """Records as columns, which are shorter as JSON."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def headlines(results: pd.DataFrame) -> list[summary.Headline]:
+    """What the table says of every task and data set, then of every model's held-out loss."""
+    pairs = results[results["task"] != "pretraining"][["task", "dataset"]].drop_duplicates().itertuples(index=False)
+    said = [summary.headline(results, *pair) for pair in pairs]
+    models = results[(results["task"] == "pretraining") & (results["kind"] == "model")]["model"].unique()
+    return said + [line for line in (summary.loss_headline(results, model) for model in models) if line]
+
+
+def facts(results: pd.DataFrame, opened: dict[str, Shards]) -> list[tuple[str, str]]:
+    """The sizes of the run: number and name."""
+    facts = []
+    if "corpus" in opened:
+        corpus = opened["corpus"]
+        cells = {split: corpus.n_cells(split) for split in corpus.splits}
+        facts.append((f"{cells.pop('train', 0):,}", "cells to train on"))
+        facts += [(f"{n:,}", f"{split} cells, held out") for split, n in cells.items()]
+        facts.append((f"{corpus.n_genes:,}", "genes"))
+    facts += [(f"{shards.n_cells('all'):,}", f"cells in {name}") for name, shards in opened.items() if name != "corpus"]
+    facts.append((str(results[results["kind"] == "model"]["model"].nunique()), "pretrained models"))
+    facts.append((str(len({seed for seeds in results["seeds"] for seed in seeds})), "seeds"))
+    return facts
+
+
+def kinds(results: pd.DataFrame) -> list[tuple[str, str]]:
+    """The kinds of methods in the table, for the legend."""
+    said = {
+        "model": "pretrained model",
+        "untrained": "the same network, untrained",
+        "baseline": "baseline",
+        "control": "control",
+        "ceiling": "ceiling",
+    }
+    return [(kind, said[kind]) for kind in charts.KINDS if kind in set(results["kind"])]
+
+
+def _dot_rows(rows: pd.DataFrame, names: dict[str, str] | None = None) -> list[dict]:
+    """Rows of `charts.dots`: methods by rank, then controls and ceilings by value; without a value there is no row."""
+    dots = []
+    for row in rows[rows["mean"].notna()].to_dict("records"):
+        reference = row["kind"] not in summary.RANKED
+        interval = summary.Interval(row["n"], row["mean"], row["low"], row["high"], row["deterministic"])
+        text = summary.with_interval(interval)
+        better = row["mean"] if row["higher_is_better"] else -row["mean"]
+        dots.append(
+            {
+                name: row[name]
+                for name in (
+                    "kind",
+                    "regime",
+                    "split",
+                    "metric",
+                    "mean",
+                    "low",
+                    "high",
+                    "values",
+                    "rank",
+                    "standing",
+                    "cells",
+                    "seen",
+                )
+            }
+            | {
+                "label": (names or {}).get(row["kind"], row["label"]),
+                "reference": reference,
+                "order": (1000 - better) if reference else row["rank"],
+                "text": text
+                + (f" ({row['n']} equal)" if row["deterministic"] else " (one seed)" if row["n"] == 1 else ""),
+                "seeds": f"{row['n']}, all the same value" if row["deterministic"] else str(row["n"]),
+            }
+        )
+    return [
+        {name: None if value is None or value is pd.NA or value != value else value for name, value in dot.items()}
+        for dot in dots
+    ]
+
+
+def _choices(rows: pd.DataFrame, task: str, chosen: tuple[str, str, str]) -> list[dict]:
+    """Choosers of a figure: those of regime, split and metric that offer a choice."""
+    written = {
+        "regime": lambda value: summary.regime_name(task, value),
+        "split": lambda value: value.replace("leave_out:", "left out: ").replace("mean", "mean over left-out batches"),
+        "metric": summary.metric_name,
+    }
+    choosers = []
+    for name, value in zip(written, chosen, strict=True):
+        options = list(dict.fromkeys([value, *rows[name]]))
+        if len(options) > 1:
+            choosers.append({"name": name, "options": [(option, written[name](option)) for option in options]})
+    return choosers
+
+
+def rankings(page: Figures, results: pd.DataFrame) -> list[dict]:
+    """A dot plot per task and data set."""
+    rankings = []
+    for (task, dataset), rows in results[results["task"] != "pretraining"].groupby(["task", "dataset"], sort=False):
+        chosen = summary.primary(results, task, dataset)
+        signals = dict(zip(("regime", "split", "metric"), chosen, strict=True))
+        controls = bool((rows["mean"].notna() & ~rows["kind"].isin(summary.RANKED)).any())
+        spec = "dots-references" if controls else "dots"
+        figure = page.figure(
+            spec,
+            charts.dots(controls),
+            f"{task}.{dataset}",
+            _dot_rows(rows),
+            height=27 * rows["label"].nunique(),
+            **signals,
+        )
+        higher = rows.groupby("metric")["higher_is_better"].first().to_dict()
+        rankings.append(
+            {
+                "task": task,
+                "dataset": dataset,
+                "figure": figure,
+                "choosers": _choices(rows, task, chosen),
+                "controls": controls,
+                "higher": {metric: "higher is better" if up else "lower is better" for metric, up in higher.items()},
+                "metric": chosen[2],
+                "unscored": sorted(set(rows[rows["mean"].isna()]["label"])),
+            }
+        )
+    return rankings
+
+
+def losses(page: Figures, results: pd.DataFrame) -> list[dict]:
+    """Held-out loss of every model: trained, untrained, trivial baseline."""
+    rows = results[results["task"] == "pretraining"]
+    losses = []
+    for model, group in rows.groupby(rows["model"].map(summary.base_name), sort=False):
+        chosen = summary.primary(group, "pretraining", group["dataset"].iloc[0])
+        names = {"model": "trained", "untrained": "untrained", "baseline": "trivial baseline"}
+        signals = dict(zip(("regime", "split", "metric"), chosen, strict=True))
+        figure = page.figure(
+            "dots",
+            charts.dots(references=False),
+            f"pretraining.{model}",
+            _dot_rows(group, names),
+            height=27 * group["kind"].nunique(),
+            **signals,
+        )
+        losses.append(
+            {
+                "model": model,
+                "figure": figure,
+                "choosers": _choices(group, "pretraining", chosen),
+                "headline": summary.loss_headline(results, model),
+            }
+        )
+    return losses
+
+
+def curves(page: Figures, logs: dict[str, pd.DataFrame], results: pd.DataFrame) -> list[dict]:
+    """Training curves of every model, all seeds in one figure."""
+    curves = []
+    trivial = results[(results["task"] == "pretraining") & (results["kind"] == "baseline") & results["mean"].notna()]
+    for model, log in logs.items():
+        own = trivial[trivial["model"].map(summary.base_name) == model]
+        rows = log.to_dict("records") + [
+            {"split": "trivial", "metric": row.metric, "value": row.mean} for row in own.itertuples()
+        ]
+        validated = log[log["split"] == "validation"]["metric"].unique()
+        metrics = sorted(log["metric"].unique(), key=lambda name: (name != "loss", name not in validated))
+        figure = page.figure("curves", charts.curves(), f"log.{model}", rows, metric=metrics[0])
+        curves.append(
+            {
+                "model": model,
+                "figure": figure,
+                "seeds": sorted(log["seed"].unique().tolist()),
+                "choosers": [{"name": "metric", "options": [(name, summary.metric_name(name)) for name in metrics]}]
+                if len(metrics) > 1
+                else [],
+            }
+        )
+    return curves
+
+
+def umaps(page: Figures, embeddings: list[Path], opened: dict[str, Shards], config: dict) -> list[dict]:
+    """UMAPs per data set, coloured by label and by batch."""
+    obs = {name: shards.obs("all") for name, shards in opened.items() if name != "corpus"}
+    umaps = []
+    for dataset, found in inputs.read_projections(embeddings, obs, config["datasets"]).items():
+        page.payload["data"][f"cells.{dataset}"] = found["cells"]
+        for panel in found["panels"]:
+            page.payload["data"][f"umap.{dataset}.{panel['embedder']}"] = {
+                "x": panel.pop("x"),
+                "y": panel.pop("y"),
+                "join": f"cells.{dataset}",
+            }
+        grids = []
+        for role in ("label", "batch"):
+            categories = found[f"{role}_categories"]
+            template = charts.umap(categories, role)
+            panels = [
+                panel
+                | {
+                    "label": summary.label(panel["embedder"], panel["kind"]),
+                    "figure": page.figure(
+                        f"umap-{role}-{dataset}", template, f"umap.{dataset}.{panel['embedder']}", None
+                    ),
+                }
+                for panel in found["panels"]
+            ]
+            colours = charts.CATEGORIES[: len(categories)]
+            if charts.OTHER in categories:
+                colours = [*charts.CATEGORIES[: len(categories) - 1], charts.REST]
+            grids.append(
+                {
+                    "role": role,
+                    "column": config["datasets"][dataset][role],
+                    "panels": panels,
+                    "legend": list(zip(categories, colours, strict=True)),
+                }
+            )
+        umaps.append({"dataset": dataset, "n_cells": found["n_cells"], "n_shown": found["n_shown"], "grids": grids})
+    return umaps
+
+
+def splits(page: Figures, opened: dict[str, Shards]) -> dict:
+    """Cells per data set and split."""
+    rows = []
+    for name, shards in opened.items():
+        for split in shards.splits:
+            if not shards.n_cells(split):
+                continue
+            cells = shards.obs(split, ["dataset_id"])["dataset_id"].to_pandas().value_counts()
+            part = {"split": split if name == "corpus" else "benchmark", "order": shards.splits.index(split)}
+            rows += [part | {"dataset": dataset, "cells": int(n)} for dataset, n in cells.items() if n]
+    if not rows:
+        return {"rows": [], "figure": None}
+    height = 26 * len({row["dataset"] for row in rows})
+    return {"rows": rows, "figure": page.figure("splits", charts.split_bars(), "splits", rows, height=height)}
+
+
+def quality(page: Figures, qc: list[Path], qc_cells: list[Path], config: dict) -> list[dict]:
+    """Per selection: cells removed by every rule, and the distributions behind them."""
+    cells = {path.parent.name: path for path in qc_cells}
+    selections = []
+    for path in qc:
+        name = path.parent.name
+        quality = (config["corpus"] if name == "corpus" else config["datasets"][name])["quality"]
+        rules, rows = inputs.read_qc(path)
+        plots = []
+        if name in cells:
+            for quantity, histogram in inputs.read_histograms(cells[name], quality).items():
+                title, log, _ = inputs.QUANTITIES[quantity]
+                thresholds = any("threshold" in row for row in histogram)
+                spec = f"histogram{'-log' * log}{'-thresholds' * thresholds}"
+                figure = page.figure(spec, charts.histogram(log, thresholds), f"qc.{name}.{quantity}", histogram)
+                plots.append({"title": title, "figure": figure})
+        selections.append({"name": name, "rules": rules, "rows": rows, "plots": plots})
+    return selections
+
+
+def genes(vocabulary: Path | None, genes_mapping: Path | None) -> dict:
+    """The vocabulary, and how the genes of a private Census were mapped."""
+    genes = {"vocabulary": None, "mapping": [], "ways": HOW}
+    if vocabulary is not None:
+        words = Vocabulary.read(vocabulary)
+        biotypes = pd.Series(words.table["feature_type"].to_pylist()).value_counts()
+        genes["vocabulary"] = {
+            "n": len(words),
+            "hash": words.hash,
+            "biotypes": list(biotypes.items()),
+            "mitochondrial": int(sum(words.table["is_mitochondrial"].to_pylist())),
+        }
+    if genes_mapping is not None:
+        shares = mapped_shares(inputs.read_table(genes_mapping, ["dataset_id", "how", "gene", "counts"]))
+        for dataset, part in shares.groupby("dataset_id", sort=False, observed=True):
+            by_way = part.set_index("how")
+            genes["mapping"].append(
+                {
+                    "dataset": dataset,
+                    "total": int(part["genes"].sum()),
+                    "genes": {way: int(by_way.loc[way, "genes"]) for way in HOW},
+                    "lost": float(by_way.loc[["ambiguous", "none"], "count_share"].sum()),
+                }
+            )
+    return genes
+
+
+def times(page: Figures, jobs: list[dict]) -> dict:
+    """Run time and memory per rule."""
+    rules = []
+    for rule, group in pd.DataFrame(jobs, columns=["rule", "job", "seconds", "memory_mb"]).groupby("rule", sort=False):
+        rules.append(
+            {
+                "rule": rule,
+                "jobs": len(group),
+                "total": group["seconds"].sum(),
+                "longest": group["seconds"].max(),
+                "memory": group["memory_mb"].max(),
+            }
+        )
+    rules.sort(key=lambda row: -row["total"])
+    order = {row["rule"]: i for i, row in enumerate(rules)}
+    figures = []
+    for name, title in (("seconds", "Seconds per job"), ("memory_mb", "Peak memory per job, MB")):
+        rows = [
+            {"rule": job["rule"], "job": job["job"], "order": order[job["rule"]], "value": job[name]}
+            | {"seconds_text": _duration(job["seconds"]), "memory_text": _megabytes(job["memory_mb"])}
+            for job in jobs
+            if job[name]
+        ]
+        if rows:
+            figure = page.figure(
+                "jobs", charts.jobs(), f"jobs.{name}", rows, height=20 * len({row["rule"] for row in rows})
+            )
+            figures.append({"title": title, "figure": figure})
+    written = [
+        row
+        | {"total": _duration(row["total"]), "longest": _duration(row["longest"]), "memory": _megabytes(row["memory"])}
+        for row in rules
+    ]
+    return {
+        "rules": written,
+        "figures": figures,
+        "total": _duration(sum(job["seconds"] or 0 for job in jobs)),
+        "jobs": len(jobs),
+    }
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None or pd.isna(seconds):
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def _megabytes(value: float | None) -> str:
+    return "–" if value is None or pd.isna(value) else f"{value:,.0f} MB"
