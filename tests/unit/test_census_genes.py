@@ -15,18 +15,22 @@ def table(demo_census) -> pd.DataFrame:
 
 
 def test_id_symbol_alias_dots_ambiguous_and_none(table):
-    older = table[(table["aliases"] != "") & ~table["aliases"].isin(table["feature_name"])]
-    older = older[~older["aliases"].duplicated(keep=False)].iloc[0]
-    shared = table["feature_name"][table["feature_name"].duplicated()].iloc[0]
-    genes = ["ENSG00000254647.7", "GCG", older["aliases"], "HLA.A", shared, "no such gene", "INS"]
+    shared = table["feature_name"].value_counts().idxmax()
+    genes = ["ENSG00000254647.7", "GCG", "ATP5B", "HLA.A", shared, "no such gene", "INS"]
     mapping = map_genes(pd.DataFrame(index=genes), table, "here.h5ad")
     assert list(mapping["how"]) == ["id", "symbol", "alias", "symbol", "ambiguous", "none", "symbol"]
     assert list(mapping["feature_id"]) == [
-        *("ENSG00000254647", "ENSG00000115263", older.name, "ENSG00000206503"),
+        *("ENSG00000254647", "ENSG00000115263", "ENSG00000110955", "ENSG00000206503"),
         *(None, None, "ENSG00000254647"),
     ]
     # INS came twice, once as id and once as symbol.
     assert list(mapping["n_merged"]) == [2, 1, 1, 1, 0, 0, 2]
+
+
+def test_a_symbol_of_several_ids_goes_to_the_one_that_hgnc_names(table):
+    # CD99 lies in the pseudoautosomal region: the copies on X and Y have an id each and one symbol.
+    assert (table["feature_name"] == "CD99").sum() == 2
+    assert map_genes(pd.DataFrame(index=["CD99"]), table, "x")["feature_id"].tolist() == ["ENSG00000002586"]
 
 
 def test_ids_in_a_column_go_before_names_in_the_index(table):
@@ -73,6 +77,7 @@ def test_shares_count_genes_and_counts(demo_census):
     baron = shares[shares["dataset_id"] == "baron_pancreas"].set_index("how")
     assert baron["genes"].sum() == 20125
     assert baron.loc["symbol", "count_share"] > 0.95
+    assert baron.loc["none", "count_share"] < 0.01
 
 
 def test_bad_genes_end_in_one_sentence(table):

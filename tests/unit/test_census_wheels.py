@@ -60,8 +60,8 @@ def test_gene_table_is_the_same_bytes_each_time_and_has_aliases(demo_census, tmp
     assert (tmp_path / "genes.csv.gz").read_bytes() == demo_census.genes.read_bytes()
     table = pd.read_csv(demo_census.genes, header=None, keep_default_na=False, index_col=0)
     assert table.loc["ENSG00000254647", 1] == "INS"
-    assert (table[5] != "").sum() > 100
-    assert not (table[5] == table[1])[table[5] != ""].any()
+    assert "ATP5B" in table.loc["ENSG00000110955", 5].split("|")
+    assert (table[5] != "").sum() > 10_000
 
 
 def test_ontology_terms(demo_census):

