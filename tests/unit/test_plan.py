@@ -130,6 +130,19 @@ def test_a_benchmark_is_one_split_and_one_block(demo_census, tmp_path):
     assert summary["filter"] == "dataset_id in ['baron_pancreas']"
 
 
+@pytest.mark.parametrize(("key", "column"), [("label", "celltype"), ("batch", "librari")])
+def test_a_benchmark_names_columns_that_exist(demo_census, tmp_path, key, column):
+    selection = PANCREAS.model_copy(update={key: column})
+    with pytest.raises(CellmillError, match=rf"datasets.pancreas.{key}: .*no obs column '{column}'; did you mean"):
+        corpus_runs.plan(demo_census.soma, tmp_path, selection, "pancreas")
+
+
+def test_an_organism_that_the_census_lacks(demo_census, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_runs, "ORGANISM", "mus_musculus")
+    with pytest.raises(CellmillError, match="no organism 'mus_musculus'; corpus.organism may be homo_sapiens"):
+        corpus_runs.plan(demo_census.soma, tmp_path, corpus())
+
+
 def test_a_data_set_is_held_out_as_a_whole(demo_census, tmp_path):
     acinar = {"acinar": Dataset(include={"cell_type": ["pancreatic acinar cell"]})}
     summary = corpus_runs.plan(demo_census.soma, tmp_path, corpus(), benchmarks=acinar)

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from cellmill.config import Quality
+from cellmill.shards.batch import CellBatch
 from cellmill.shards.dataset import Shards
 from cellmill.vocabulary import Vocabulary
 from corpus_runs import PANCREAS, corpus
@@ -32,22 +33,25 @@ def census(demo_census) -> anndata.AnnData:
         return cellxgene_census.get_anndata(opened, "homo_sapiens")
 
 
-def decoded(all_shards: list[Shards], n_genes: int) -> tuple[np.ndarray, csr_matrix, pd.DataFrame]:
+@pytest.fixture(scope="module")
+def genes(shards) -> Vocabulary:
+    return Vocabulary.read(shards[0].folder.parent / "vocabulary.parquet")
+
+
+@pytest.fixture(scope="module")
+def decoded(shards, genes) -> tuple[np.ndarray, csr_matrix, pd.DataFrame]:
     """joinids, counts [cells, V] and metadata of every cell of every split."""
-    batches = [(s, split, list(s.batches(split, 64))) for s in all_shards for split in s.splits]
-    cells = [batch for _, _, some in batches for batch in some]
-    rows = [
-        csr_matrix((batch.counts, batch.genes, batch.offsets), shape=(len(batch), n_genes)).toarray() for batch in cells
-    ]
-    obs = pd.concat([s.obs(split).to_pandas() for s, split, _ in batches])
-    assert obs["total_counts"].tolist() == np.concatenate([batch.totals for batch in cells]).tolist()
-    return np.concatenate([batch.joinids for batch in cells]), csr_matrix(np.concatenate(rows)), obs
+    parts = [(folder, split) for folder in shards for split in folder.splits]
+    cells = CellBatch.concatenate([batch for folder, split in parts for batch in folder.batches(split, 64)])
+    obs = pd.concat([folder.obs(split).to_pandas() for folder, split in parts])
+    assert obs["soma_joinid"].tolist() == cells.joinids.tolist()
+    assert obs["total_counts"].tolist() == cells.totals.tolist()
+    return cells.joinids, csr_matrix((cells.counts, cells.genes, cells.offsets), shape=(len(cells), len(genes))), obs
 
 
-def test_shards_hold_what_get_anndata_gives(shards, census):
-    genes = Vocabulary.read(shards[0].folder.parent / "vocabulary.parquet")
+def test_shards_hold_what_get_anndata_gives(shards, genes, decoded, census):
     assert shards[0].vocabulary_hash == shards[1].vocabulary_hash == genes.hash
-    joinids, counts, obs = decoded(shards, len(genes))
+    joinids, counts, obs = decoded
     assert sorted(joinids) == census.obs["soma_joinid"].tolist()  # all cells, each once
 
     column_of = pd.Series(np.arange(census.n_vars), index=census.var["feature_id"])
@@ -61,11 +65,10 @@ def test_shards_hold_what_get_anndata_gives(shards, census):
 
 
 @pytest.mark.parametrize("name", ["baron_pancreas", "celltypist_blood", "li_cell_lines"])
-def test_shards_hold_what_the_h5ad_holds(demo_census, shards, census, name):
+def test_shards_hold_what_the_h5ad_holds(demo_census, genes, decoded, census, name):
     h5ad = anndata.read_h5ad(demo_census.h5ads / f"{name}.h5ad")
     mapping = pd.read_parquet(demo_census.mapping).query("dataset_id == @name")
     assert list(mapping["gene"]) == list(h5ad.var_names)
-    genes = Vocabulary.read(shards[0].folder.parent / "vocabulary.parquet")
     ids = pd.Series(np.arange(len(genes)), index=genes.feature_ids).reindex(mapping["feature_id"])
     known = np.flatnonzero(ids.notna())
     # input genes that were mapped to one id are summed
@@ -74,7 +77,7 @@ def test_shards_hold_what_the_h5ad_holds(demo_census, shards, census, name):
     )
     expected = csr_matrix(h5ad.X).astype(np.int64) @ to_vocabulary
 
-    joinids, counts, obs = decoded(shards, len(genes))
+    joinids, counts, obs = decoded
     rows = np.flatnonzero(obs["dataset_id"] == name)
     in_h5ad = h5ad.obs_names.get_indexer(census.obs["observation_joinid"].astype(str).iloc[joinids[rows]])
     assert sorted(in_h5ad) == list(range(h5ad.n_obs))

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 
 from cellmill.errors import CellmillError
 from cellmill.files import atomic
-from cellmill.shards.format import MAX_GENES
 
 SCHEMA = pa.schema(
     [
@@ -95,7 +94,7 @@ def choose_genes(var: pa.Table, datasets_per_gene: np.ndarray, biotypes: list[st
     Raises
     ------
     CellmillError
-        A biotype does not occur, or no gene is left, or more than a shard's 16-bit gene ids can tell apart.
+        A biotype does not occur, or no gene is left.
     """
     types = var["feature_type"].cast(pa.string())
     unknown = sorted(set(biotypes) - set(pc.unique(types).to_pylist()))
@@ -112,11 +111,6 @@ def choose_genes(var: pa.Table, datasets_per_gene: np.ndarray, biotypes: list[st
             f"no gene is left for the vocabulary: none of {len(var):,} genes of biotypes {biotypes or 'any'} was "
             f"measured in at least {min_datasets} data sets of the corpus; lower corpus.genes.min_datasets or add "
             "biotypes"
-        )
-    if keep.sum() > MAX_GENES:
-        raise CellmillError(
-            f"{keep.sum():,} genes enter the vocabulary, but shards hold at most {MAX_GENES:,}; raise "
-            "corpus.genes.min_datasets or name fewer biotypes"
         )
     table = var.select([name for name in SCHEMA.names if name != "is_mitochondrial"])
     table = table.append_column("is_mitochondrial", pa.array(is_mitochondrial(var["feature_name"])))

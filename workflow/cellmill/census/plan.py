@@ -2,7 +2,7 @@
 
 A selection is the corpus or one benchmark data set. One pass streams obs through the filter and the rules of
 `cellmill.qc`; a second one, over the joinids that are left, assigns splits (`cellmill.splits`) and blocks. Neither
-holds more than a table of obs at a time, whatever the size of the Census.
+holds more than a table of obs (and the list of donors) at a time, whatever the size of the Census.
 
 Legend: B cells of one table, U units (pairs of dataset_id and donor_id), D data sets.
 """
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cellmill import qc
-from cellmill.census.read import check_terms, open_census, organism_obs, value_filter
+from cellmill.census.read import check_terms, open_census, organism_obs, suggest, value_filter
 from cellmill.config import Census, Corpus, Dataset
 from cellmill.errors import CellmillError
 from cellmill.files import atomic
@@ -75,13 +75,15 @@ def plan_cells(
     Raises
     ------
     CellmillError
-        A filter term is unknown, no cell passes the filter, none passes quality control, or a split would be empty.
+        A filter term or a column of a benchmark is unknown, no cell passes the filter, none passes quality control, or
+        a split would be empty.
     """
     passed = Path(plan).with_name("passed.tmp.parquet")
     passed.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open_census(census, path) as collection:
             obs = organism_obs(collection, organism)
+            _check_columns(obs, selection, name)
             condition = _checked_filter(collection, organism, selection, name)
             if selection.quality.assays:
                 _checked(collection, organism, {"assay": selection.quality.assays}, f"{name}.quality.assays")
@@ -130,6 +132,17 @@ def plan_cells(
     with atomic(summary) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return content
+
+
+def _check_columns(obs, selection: Corpus | Dataset, name: str) -> None:
+    """The columns that hold a benchmark's cell types and batches must exist."""
+    if isinstance(selection, Dataset):
+        for key in ("label", "batch"):
+            column = getattr(selection, key)
+            if column not in obs.schema.names:
+                raise CellmillError(
+                    f"datasets.{name}.{key}: the Census has no obs column '{column}'{suggest(column, obs.schema.names)}"
+                )
 
 
 def _checked_filter(collection, organism: str, selection: Corpus | Dataset, name: str) -> str | None:
