@@ -6,8 +6,11 @@ choosers are HTML, and where the height depends on the number of rows the page s
 (``var(--model)``), so that light, dark and print need no second spec; UMAPs, drawn on a canvas, use fixed mid-tones.
 """
 
+from functools import cache
+
 import altair as alt
 
+VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 KINDS = ["model", "untrained", "baseline", "control", "ceiling"]
 SHAPES = ["circle", "circle", "square", "diamond", "triangle-up"]
 # Mid-tones, to be told apart on white and on black; the last is for what the others leave over.
@@ -52,8 +55,9 @@ CONFIG = {
 }
 
 
+@cache
 def dots(references: bool) -> dict:
-    """Methods with mean, interval and seeds; with `references`, controls as dashed lines. Data: `sections._dot_rows`."""
+    """Methods with mean, interval and seeds; `references`: controls as dashed lines. Data: `sections._dot_rows`."""
     regime, split, metric = (alt.param(name=name, value="") for name in ("regime", "split", "metric"))
     controls, focus = alt.param(name="controls", value=True), alt.param(name="focus", value="")
     y = alt.Y("label:N", title=None, sort=alt.EncodingSortField(field="order", op="min", order="ascending"))
@@ -114,6 +118,7 @@ def dots(references: bool) -> dict:
     return _finish(chart, height=200)
 
 
+@cache
 def curves() -> dict:
     """Training curves of every seed; split `trivial` is a level. Data: ``step, split, seed, metric, value``."""
     metric = alt.param(name="metric", value="")
@@ -203,6 +208,7 @@ def split_bars() -> dict:
     return _finish(chart, height=200)
 
 
+@cache
 def histogram(log: bool, thresholds: bool) -> dict:
     """Cells over a QC quantity, kept below removed. Data: ``x0, x1, y0, y1, part``, and rows of ``threshold``."""
     scale = alt.Scale(type="log", nice=False) if log else alt.Scale(nice=False, zero=True)
@@ -240,6 +246,7 @@ def histogram(log: bool, thresholds: bool) -> dict:
     return _finish(alt.layer(bars, *([lines] if thresholds else [])), height=130)
 
 
+@cache
 def jobs() -> dict:
     """One point per job of a rule, logarithmic. Data: ``rule, job, order, value, seconds_text, memory_text``."""
     chart = (

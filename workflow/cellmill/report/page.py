@@ -3,9 +3,11 @@
 import hashlib
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import jinja2
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
@@ -110,13 +112,25 @@ def write_report(
 
 def _to_json(content) -> str:
     """JSON that may stand inside a script element, whatever names it holds."""
-    text = json.dumps(content, allow_nan=False, separators=(",", ":"), default=str)
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"), default=_plain)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _render(context: dict, payload: dict) -> str:
+def _plain(value: np.generic) -> int | float | str:
+    """A numpy scalar, of which tables are made, as JSON knows it."""
+    return value.item()
+
+
+@cache
+def _javascript() -> str:
+    """Vega, Vega-Lite and Vega-Embed, safe inside a script element."""
     import vl_convert
 
+    bundle = vl_convert.javascript_bundle(vl_version=charts.VEGA_LITE)
+    return re.sub(r"</(script)", r"<\\/\1", bundle, flags=re.IGNORECASE)
+
+
+def _render(context: dict, payload: dict) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -130,11 +144,10 @@ def _render(context: dict, payload: dict) -> str:
     environment.filters["metric"] = summary.metric_name
     environment.filters["words"] = lambda name: name.replace("_", " ")
     environment.filters["json"] = _to_json
-    bundle = vl_convert.javascript_bundle(vl_version=".".join(charts.alt.SCHEMA_VERSION.lstrip("v").split(".")[:2]))
     return environment.get_template("page.html").render(
         **context,
         payload=_to_json(payload),
-        bundle=re.sub(r"</(script)", r"<\\/\1", bundle, flags=re.IGNORECASE),
+        bundle=_javascript(),
         style=(TEMPLATES / "page.css").read_text(),
         script=(TEMPLATES / "page.js").read_text(),
     )
@@ -192,10 +205,8 @@ def _missing(results: pd.DataFrame, context: dict) -> list[str]:
 
 def _table(results: pd.DataFrame, folder: Path, command: str) -> dict[str, list]:
     """Columns of the page's score table; each row with the file that the command makes again."""
-    first = {
-        pair: summary.primary(results, *pair)
-        for pair in results[["task", "dataset"]].itertuples(index=False, name=None)
-    }
+    pairs = results[["task", "dataset"]].drop_duplicates().itertuples(index=False, name=None)
+    first = {pair: summary.primary(results, *pair) for pair in pairs}
 
     def place(row: dict) -> tuple:
         """Each task's first choice of regime, split and metric before the others, then by rank."""
