@@ -23,6 +23,8 @@ from cellmill.shards.statistics import compute_statistics  # noqa: E402
 from shard_cells import real_cells, write_shards  # noqa: E402
 
 COLUMNS = ["soma_joinid", "total_counts", "n_genes", "genes", "counts", "counts_overflow"]
+EPOCHS = 4
+"""Of the loader, which reads one window more than it serves."""
 
 
 def best(job, repeats: int) -> tuple[float, float]:
@@ -66,7 +68,7 @@ def main() -> None:
 
         def load():
             with Loader(shards, "all", 64, seed=0) as loader:
-                for _ in range(len(cells) // 64):
+                for _ in range(EPOCHS * len(cells) // 64):
                     next(loader)
 
         jobs |= {
@@ -75,6 +77,7 @@ def main() -> None:
             "loader, shuffled batches of 64": best(load, given.repeats),
             "statistics": best(lambda: compute_statistics(shards, "all"), given.repeats),
         }
+        jobs["loader, shuffled batches of 64"] = tuple(s / EPOCHS for s in jobs["loader, shuffled batches of 64"])
         shard = shards.manifest["splits"]["all"][0]
     per_cell = len(cells.genes) / len(cells)
     print(f"{given.cells} x {given.copies}: {len(cells):,} cells, {per_cell:,.0f} nonzeros per cell")

@@ -111,7 +111,7 @@ def decode_cells(table: pa.Table, where: str, n_genes: int = MAX_GENES) -> CellB
     overflow_bytes, overflow_offsets_B1 = _bytes(table["counts_overflow"])
     lengths_B = np.diff(offsets_B1)
     if not np.array_equal(genes_offsets_B1, 2 * offsets_B1) or not np.array_equal(
-        lengths_B, table["n_genes"].to_numpy()
+        lengths_B, _numbers(table["n_genes"])
     ):
         raise _corrupt(where, "the lengths of genes, counts and n_genes differ")
 
@@ -136,11 +136,11 @@ def decode_cells(table: pa.Table, where: str, n_genes: int = MAX_GENES) -> CellB
     counts_N = counts_N.astype(np.int64)
     counts_N[overflown_O] = overflow_bytes.view("<u4")
     return CellBatch(
-        joinids=table["soma_joinid"].to_numpy(),
+        joinids=_numbers(table["soma_joinid"]),
         offsets=offsets_B1,
         genes=genes_N,
         counts=counts_N,
-        totals=table["total_counts"].to_numpy(),
+        totals=_numbers(table["total_counts"]),
     )
 
 
@@ -152,13 +152,18 @@ def _binary(values: np.ndarray, offsets_B1: np.ndarray) -> pa.Array:
 
 def _bytes(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """The bytes of a binary column, one value after the other, and int64 [B + 1] where each value starts."""
-    array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.binary())
+    array = column.combine_chunks()
     _, offsets, data = array.buffers()
     offsets_B1 = np.zeros(1, np.int64)
     if len(array):
         offsets_B1 = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1].astype(np.int64)
     values = np.frombuffer(data, np.uint8) if data is not None else np.zeros(0, np.uint8)
     return values[offsets_B1[0] : offsets_B1[-1]], offsets_B1 - offsets_B1[0]
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of integers. Arrow's own `to_numpy` would import pandas where it is installed, which takes time."""
+    return np.from_dlpack(column.combine_chunks())
 
 
 def _corrupt(where: str, what: str) -> CellmillError:
