@@ -32,6 +32,8 @@ MOMENTS = [
     ("cellmill.pretrain:save_checkpoint", 1, "after"),  # the checkpoint is there, the log is not
     ("cellmill.pretrain:shutil.rmtree", 1, "before"),  # all is there, and the state still is
 ]
+# In each of the 12 steps in turn: a state is saved every 3 steps, so step k is call k % 3 + 1 of the process it ends.
+STEPS = [("cellmill.pretrain:learning_rate", step % 3 + 1, "after") for step in range(12)]
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +80,10 @@ def _results(folder: Path) -> tuple:
     return sha256(folder / "out/checkpoint.safetensors"), (folder / "out/checkpoint.json").read_text(), log.to_pylist()
 
 
+@pytest.mark.parametrize("moments", [MOMENTS, STEPS], ids=["dangerous", "steps"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_killed_at_every_dangerous_moment(server, uninterrupted, tmp_path, name):
-    for moment in MOMENTS:
+def test_killed_at_every_moment(server, uninterrupted, tmp_path, name, moments):
+    for moment in moments:
         process = server(name, tmp_path, moment)
         process.join()
         assert process.exitcode == -signal.SIGKILL, moment
