@@ -68,6 +68,22 @@ def test_truncation_keeps_the_highest_ranks():
     assert tiny("V2", 4, medians).embed_inputs(cells)["tokens"].tolist() == [[CLS, 9, 8, EOS]]
 
 
+def test_medians_are_asked_for():
+    sizes = Geneformer.Sizes(version="V1", max_length=8, **TINY)
+    with pytest.raises(CellmillError, match="no gene medians; build it with the corpus statistics"):
+        Geneformer(sizes, 3).embed_inputs(make_batch([{0: 1}]))
+    with pytest.raises(CellmillError, match="of 2 genes and the vocabulary has 3"):
+        Geneformer(sizes, 3, statistics_of_medians([1.0, 1.0]))
+
+
+def test_medians_come_back_with_the_weights():
+    model = tiny("V1", 8, [1.0, 2.0, np.nan])
+    again = Geneformer(model.sizes, 3)
+    again.load_state_dict(model.state_dict())
+    cells = make_batch([{0: 1, 1: 3, 2: 5}])
+    assert torch.equal(again.embed_inputs(cells)["tokens"], model.embed_inputs(cells)["tokens"])
+
+
 def test_the_total_of_unmeasured_genes_does_not_change_the_order():
     cells = [{0: 3, 1: 8, 2: 2, 3: 4}]
     model = tiny("V1", 8, [1.0, 2.0, 0.5, 4.0])

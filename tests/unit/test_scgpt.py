@@ -232,9 +232,9 @@ def test_trivial_baseline_by_hand(model):
 def test_learns_below_the_trivial_baseline(blood):
     torch.manual_seed(0)
     cells = blood.take(np.arange(8))
-    model = Scgpt(replace(TINY, dropout=0.0, max_length=101, width=32, hidden=32), N_GENES)
+    model = Scgpt(replace(TINY, dropout=0.0, max_length=101), N_GENES)
     validation = model.pretrain_inputs(cells, seed=0, step=None)
     untrained = total_loss(model(validation)).item()
     bins = validation["targets"]
     constant = 3 * (bins - bins.mean()).square().mean().item()
-    assert train(model, cells, steps=150, learning_rate=5e-3) < constant < untrained
+    assert train(model, cells, steps=100, learning_rate=1e-2) < constant < untrained

@@ -61,6 +61,11 @@ class CellModel(nn.Module):
 
     def __init__(self, sizes, n_genes: int, statistics: GeneStatistics | None = None):
         super().__init__()
+        if statistics is not None and len(statistics.nonzero_cells) != n_genes:
+            raise CellmillError(
+                f"the gene statistics are of {len(statistics.nonzero_cells)} genes and the vocabulary has {n_genes}; "
+                "compute the statistics from shards of the same vocabulary"
+            )
         self.sizes = sizes
         self.n_genes = n_genes
 

@@ -122,7 +122,12 @@ class Geneformer(CellModel):
         The cell's total is a common factor of its values, so it never changes their order and is left out.
         """
         median_V = self.medians.cpu().numpy()
-        cells = views.select(cells, ~np.isnan(median_V[cells.genes]))
+        known_V = ~np.isnan(median_V)
+        if not known_V.any():
+            raise CellmillError(
+                "this geneformer has no gene medians; build it with the corpus statistics or load a checkpoint"
+            )
+        cells = views.select(cells, known_V[cells.genes])
         order_N = views.argsort_within(cells.offsets, views.descending(cells.counts / median_V[cells.genes]))
         room = self.sizes.max_length - (0 if self.sizes.version == "V1" else 2)
         kept_N, offsets = views.keep_first(cells.offsets, room)
