@@ -1,6 +1,10 @@
 """Blocks of the demo Census and the shards that they become."""
 
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import cellxgene_census
 import corpus_runs
@@ -210,3 +214,45 @@ def test_a_failed_assembly_keeps_the_old_shards(milled, tmp_path, monkeypatch):
         corpus_runs.join(tmp_path / "run", 2, milled / "vocabulary.parquet", seed=3)
     assert files(tmp_path / "run" / "shards") == before
     assert not (tmp_path / "run" / "shards.tmp").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import corpus_runs
+from cellmill.shards import assemble, curate
+
+soma, folder, genes, step = (Path(word) for word in sys.argv[1:])
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if str(step) == "curate":
+    curate.CELLS_PER_READ, curate.TILE = 50, 16
+    read, calls = curate._Reader.read, []
+    curate._Reader.read = lambda *given: die() if calls.append(0) or len(calls) > 3 else read(*given)
+    corpus_runs.curate(soma, folder, 0, corpus_runs.corpus(), genes)
+else:
+    assemble.write_manifest = die
+    corpus_runs.join(folder, 2, genes, seed=5)
+"""
+
+
+@pytest.mark.parametrize("step", ["curate", "assemble"])
+def test_a_killed_job_leaves_nothing_half_written(demo_census, milled, tmp_path, step):
+    folder = tmp_path / "run"
+    shutil.copytree(milled, folder)
+    if step == "curate":
+        (folder / "0.parquet").unlink()
+        (folder / "0.qc.parquet").unlink()
+    names, before = sorted(path.name for path in folder.iterdir()), files(folder / "shards")
+    words = [demo_census.soma, folder, milled / "vocabulary.parquet", step]
+    tests = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", KILLED, *map(str, words)], cwd=tests, capture_output=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert sorted(path.name for path in folder.iterdir() if not path.name.endswith(".tmp")) == names
+    assert files(folder / "shards") == before
+
+    corpus_runs.curate(demo_census.soma, folder, 0, corpus(quality=MITO), milled / "vocabulary.parquet")
+    corpus_runs.join(folder, 2, milled / "vocabulary.parquet")
+    assert files(folder / "shards") == before
+    assert not list(folder.glob("*.tmp"))

@@ -193,15 +193,20 @@ class _Reader:
         return pa.table({**columns, "raw_sum": table["raw_sum"], "nnz": table["nnz"]})
 
     def _read_X(self, coords, joinids_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Row (position in `joinids_B`), var joinid and count (float64) of every stored value."""
+        """Row (position in `joinids_B`), var joinid and count (float) of every stored value."""
         rows, genes, counts = [], [], []
+        is_range = joinids_B[-1] - joinids_B[0] + 1 == len(joinids_B)
         for table in self.X.read((coords,)).tables():
-            joinid_N = table["soma_dim_0"].to_numpy()
-            row_N = np.searchsorted(joinids_B, joinid_N)
-            wanted = joinids_B[np.minimum(row_N, len(joinids_B) - 1)] == joinid_N
-            rows.append(row_N[wanted])
-            genes.append(table["soma_dim_1"].to_numpy()[wanted])
-            counts.append(table["soma_data"].to_numpy()[wanted].astype(np.float64))
+            joinid_N, gene_N, count_N = (table[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data"))
+            if is_range:
+                row_N = joinid_N - joinids_B[0]
+            else:  # a slice holds cells that were not planned, too
+                row_N = np.searchsorted(joinids_B, joinid_N)
+                wanted = joinids_B[np.minimum(row_N, len(joinids_B) - 1)] == joinid_N
+                row_N, gene_N, count_N = row_N[wanted], gene_N[wanted], count_N[wanted]
+            rows.append(row_N)
+            genes.append(gene_N)
+            counts.append(count_N)
         if not rows:
             return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
         return np.concatenate(rows), np.concatenate(genes), np.concatenate(counts)
