@@ -90,7 +90,7 @@ class Geneformer(CellModel):
 
     Sizes = Sizes
     presets: ClassVar[dict[str, Sizes]] = {
-        "demo": Sizes(version="V1", n_layers=2, width=128, n_heads=4, hidden=256, max_length=512, dropout=0.0),
+        "demo": Sizes(version="V1", n_layers=2, width=64, n_heads=2, hidden=128, max_length=256, dropout=0.0),
         "v1-10m": Sizes(version="V1", n_layers=6, width=256, n_heads=4, hidden=512, max_length=2048),
         "v2-104m": Sizes(version="V2", n_layers=12, width=768, n_heads=12, hidden=3072, max_length=4096),
         "v2-316m": Sizes(version="V2", n_layers=18, width=1152, n_heads=18, hidden=4608, max_length=4096),

@@ -122,7 +122,7 @@ class Scgpt(CellModel):
 
     Sizes = Sizes
     presets: ClassVar[dict[str, Sizes]] = {
-        "demo": Sizes(n_layers=2, width=64, n_heads=4, hidden=128, max_length=401, dropout=0.0, cell_prompt_after=100),
+        "demo": Sizes(n_layers=2, width=128, n_heads=2, hidden=128, max_length=301, dropout=0.0, cell_prompt_after=200),
         "whole-human": Sizes(n_layers=12, width=512, n_heads=8, hidden=512, max_length=1200),
     }
     published_genes: ClassVar[dict[str, int]] = {"whole-human": 60694}
