@@ -251,8 +251,9 @@ def make_run(root: Path, data: Path, *, seeds=(0, 1, 2), n_cells=300, methods=ME
             "raw_sum": counts.astype(int),
             "nnz": (counts**0.85).astype(int),
         }
+        mito = rng.beta(2, 40, 1500) if name == "corpus" else np.full(1500, np.nan)  # Baron has no mitochondrial genes
         pq.write_table(
-            pa.table(cells | {"mito_fraction": rng.beta(2, 40, 1500), "removed_by": pa.array(removed)}),
+            pa.table(cells | {"mito_fraction": mito, "removed_by": pa.array(removed)}),
             folder / "qc_cells.parquet",
         )
         qc.append(folder / "qc.parquet")
@@ -447,6 +448,7 @@ def test_page_says_what_the_run_was(run):
         "not mapped",
         "pretrain",
         "max mito fraction",
+        "Not known of any cell",
     ):
         assert said in text, said
     assert "min_counts: 500" in run[1].html

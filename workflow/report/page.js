@@ -77,6 +77,27 @@
     }
   }
 
+  // A chart as a file of its own: its CSS variables are replaced by the colours that they have now.
+  for (const button of document.querySelectorAll("[data-save]")) {
+    button.addEventListener("click", async () => {
+      const style = getComputedStyle(document.documentElement);
+      const svg = await viewsOf(button.dataset.save + "|")[0].toSVG(1);
+      save(svg.replace(/var\((--[\w-]+)\)/g, (_, name) => colourOf(style, name)), "image/svg+xml", `${button.dataset.save}.svg`);
+    });
+  }
+
+  function colourOf(style, name) {
+    const value = style.getPropertyValue(name).trim();
+    const inner = value.match(/^var\((--[\w-]+)\)$/);
+    return inner ? colourOf(style, inner[1]) : value;
+  }
+
+  function save(content, type, name) {
+    const url = URL.createObjectURL(new Blob([content], { type }));
+    make("a", { href: url, download: name }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 1000);
+  }
+
   // The score table.
   const { command, ...tableColumns } = report.table;
   const rows = tableColumns.task.map((_, i) => Object.fromEntries(Object.entries(tableColumns).map(([key, column]) => [key, column[i]])));
@@ -94,6 +115,11 @@
     return node;
   }
   const words = (text) => (text ?? "").replaceAll("_", " ");
+  const written = (name, value) => {
+    if (name === "dataset") return value;
+    if (name === "split") return value.replace("leave_out:", "left out: ");
+    return (name === "metric" && report.metrics[value]) || words(value);
+  };
   const score = (value) => value === null ? "–" : Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : value.toFixed(3).replace("-", "−");
 
   function buildFilters() {
@@ -105,7 +131,7 @@
       const values = [...new Set(rows.map((row) => row[name]))];
       if (values.length < 2) continue;
       const select = make("select", { ariaLabel: name }, make("option", { value: "" }, `every ${words(name === "dataset" ? "data set" : name)}`));
-      for (const value of values) select.append(make("option", { value }, words(value)));
+      for (const value of values) select.append(make("option", { value }, written(name, value)));
       select.addEventListener("change", () => { chosen[name] = select.value; fill(); });
       box.append(select);
     }
@@ -139,15 +165,14 @@
     const line = make("tr", { className: "row", tabIndex: 0 });
     const method = make("td", {}, make("span", { className: `mark ${row.kind}`, title: row.kind }), " ", row.label);
     line.append(make("td", { className: "n" }, row.rank === null ? "" : String(row.rank)), method);
-    line.append(make("td", {}, words(row.metric)));
+    line.append(make("td", {}, written("metric", row.metric)));
     if (row.mean === null) {
       line.append(make("td", { className: "reason", colSpan: 4 }, row.reason || "no value and no reason was recorded"));
     } else {
       line.append(make("td", { className: "n" }, score(row.mean)), make("td", { className: "n" }, intervalOf(row)));
       line.append(make("td", { className: "n" }, String(row.n)), make("td", {}, row.standing ?? ""));
     }
-    for (const name of ["seen", "regime", "split", "task"]) line.append(make("td", {}, words(row[name])));
-    line.append(make("td", {}, row.dataset));
+    for (const name of ["seen", "regime", "split", "task", "dataset"]) line.append(make("td", {}, written(name, row[name])));
     const toggle = () => { open.has(row) ? open.delete(row) : open.add(row); fill(); };
     line.addEventListener("click", toggle);
     line.addEventListener("keydown", (event) => { if (event.key === "Enter") toggle(); });
@@ -185,9 +210,7 @@
 
   document.getElementById("scores-more").addEventListener("click", () => { limit = Infinity; fill(); });
   document.getElementById("scores-download").addEventListener("click", () => {
-    const url = URL.createObjectURL(new Blob([report.csv], { type: "text/csv" }));
-    make("a", { href: url, download: `${report.run}-scores.csv` }).click();
-    setTimeout(() => URL.revokeObjectURL(url), 1000);
+    save(report.csv, "text/csv", `${report.run}-scores.csv`);
   });
   buildFilters();
   buildHead();

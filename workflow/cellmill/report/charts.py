@@ -258,7 +258,9 @@ def jobs() -> dict:
                 "value:Q",
                 title=None,
                 scale=alt.Scale(type="log", nice=True, padding=8),
-                axis=alt.Axis(tickCount=5, format="~s"),
+                axis=alt.Axis(
+                    tickCount=5, format="~s", gridOpacity=alt.condition("datum.label", alt.value(1), alt.value(0))
+                ),
             ),
             tooltip=[
                 "rule:N",

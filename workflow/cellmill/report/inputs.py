@@ -93,7 +93,7 @@ QUANTITIES = {
 
 
 def read_histograms(path: Path, quality: dict) -> dict[str, list[dict]]:
-    """Histograms by QC quantity, read batch by batch: rows of `charts.histogram`, with the thresholds of `quality`."""
+    """Histograms by QC quantity, read batch by batch: rows of `charts.histogram`, none where no cell has a value."""
     edges = {name: _edges(log) for name, (_, log, _) in QUANTITIES.items()}
     counts = {name: np.zeros((2, len(edges[name]) - 1), int) for name in QUANTITIES}
     try:
@@ -120,6 +120,8 @@ def _edges(log: bool) -> np.ndarray:
 def _histogram_rows(counts: np.ndarray, edges: np.ndarray, quantity, quality: dict) -> list[dict]:
     _, log, thresholds = quantity
     used = np.flatnonzero(counts.sum(axis=0))
+    if not len(used):
+        return []
     rows = []
     for i in used:
         y0 = 0

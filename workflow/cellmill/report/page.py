@@ -105,6 +105,7 @@ def write_report(
     context["missing"] = _missing(results, context)
     page.payload["table"] = _table(results, scores.parent, provenance["command"])
     page.payload["csv"] = _csv(table)
+    page.payload["metrics"] = {metric: summary.metric_name(metric) for metric in results["metric"].unique()}
     page.payload["run"] = config["run"]
     with atomic(out) as temporary:
         temporary.write_text(_render(context, page.payload), encoding="utf-8")

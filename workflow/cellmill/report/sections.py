@@ -286,6 +286,9 @@ def quality(page: Figures, qc: list[Path], qc_cells: list[Path], config: dict) -
         if name in cells:
             for quantity, histogram in inputs.read_histograms(cells[name], quality).items():
                 title, log, _ = inputs.QUANTITIES[quantity]
+                if not histogram:
+                    plots.append({"title": title, "figure": None})
+                    continue
                 thresholds = any("threshold" in row for row in histogram)
                 spec = f"histogram{'-log' * log}{'-thresholds' * thresholds}"
                 figure = page.figure(spec, charts.histogram(log, thresholds), f"qc.{name}.{quantity}", histogram)
