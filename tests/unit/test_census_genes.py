@@ -5,17 +5,17 @@ import gzip
 import anndata as ad
 import pandas as pd
 import pytest
-from cellmill.census.genes import map_genes, mapped_shares, read_gene_table
+from cellmill.census.genes import GeneTable, map_genes, mapped_shares, read_gene_table
 from cellmill.errors import CellmillError
 
 
 @pytest.fixture(scope="module")
-def table(demo_census) -> pd.DataFrame:
+def table(demo_census) -> GeneTable:
     return read_gene_table(demo_census.genes)
 
 
 def test_id_symbol_alias_dots_ambiguous_and_none(table):
-    shared = table["feature_name"].value_counts().idxmax()
+    shared = table.genes["feature_name"].value_counts().idxmax()
     genes = ["ENSG00000254647.7", "GCG", "ATP5B", "HLA.A", shared, "no such gene", "INS"]
     mapping = map_genes(pd.DataFrame(index=genes), table, "here.h5ad")
     assert list(mapping["how"]) == ["id", "symbol", "alias", "symbol", "ambiguous", "none", "symbol"]
@@ -29,7 +29,7 @@ def test_id_symbol_alias_dots_ambiguous_and_none(table):
 
 def test_a_symbol_of_several_ids_goes_to_the_one_that_hgnc_names(table):
     # CD99 lies in the pseudoautosomal region: the copies on X and Y have an id each and one symbol.
-    assert (table["feature_name"] == "CD99").sum() == 2
+    assert (table.genes["feature_name"] == "CD99").sum() == 2
     assert map_genes(pd.DataFrame(index=["CD99"]), table, "x")["feature_id"].tolist() == ["ENSG00000002586"]
 
 
@@ -54,7 +54,7 @@ def test_real_data_sets_map(data, table, file, how, share):
     assert len(mapping) == len(var)
     assert (mapping["how"] == how).mean() > share
     mapped = mapping.dropna(subset="feature_id")
-    assert mapped["feature_id"].isin(table.index).all()
+    assert mapped["feature_id"].isin(table.genes.index).all()
     assert set(mapping["how"][mapping["feature_id"].isna()]) <= {"ambiguous", "none"}
 
 
@@ -65,7 +65,7 @@ def test_symbols_agree_with_the_ids_of_the_same_file(data, table):
     ids = pd.Series(var.index, index=var["symbol"].astype(str))
     ids = ids[~ids.index.duplicated()]
     both = by_symbol.dropna(subset="feature_id")
-    both = both[both["gene"].map(ids).isin(table.index)]
+    both = both[both["gene"].map(ids).isin(table.genes.index)]
     assert len(both) > 20_000
     assert (both["feature_id"] == both["gene"].map(ids)).mean() > 0.995
 

@@ -26,7 +26,7 @@ import scipy.sparse as sp
 import tiledbsoma as soma
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cellmill.census.genes import map_genes, read_gene_table
+from cellmill.census.genes import GeneTable, map_genes, read_gene_table
 from cellmill.census.h5ad import H5ad, open_h5ad, read_chunks
 from cellmill.census.ontology import Ontologies
 from cellmill.errors import CellmillError
@@ -169,7 +169,7 @@ def as_text(values: pd.Series) -> pd.Categorical:
     return pd.Categorical(text)
 
 
-def read_source(path: Path, table: pd.DataFrame, extra_obs: list[str], ontologies: Ontologies | None) -> Source:
+def read_source(path: Path, table: GeneTable, extra_obs: list[str], ontologies: Ontologies | None) -> Source:
     """Open one file, check its cells and map its genes; reads no counts but the first rows."""
     h5ad = open_h5ad(path)
     mapping = map_genes(h5ad.var, table, str(path))
@@ -400,7 +400,7 @@ def build_census(
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write_census(partial, sources, table, organism, extra_obs, quiet)
+        write_census(partial, sources, table.genes, organism, extra_obs, quiet)
         write_mapping(pd.concat([source.mapping for source in sources], ignore_index=True), mapping)
         shutil.rmtree(out, ignore_errors=True)
         os.replace(partial, out)

@@ -1,5 +1,6 @@
 """Mapping of an h5ad's genes to the Ensembl ids of a gene table: by id, by current symbol, by alias."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -21,8 +22,25 @@ SYMBOL_COLUMNS = (
 HOW = ("id", "symbol", "alias", "ambiguous", "none")
 
 
-def read_gene_table(path: Path) -> pd.DataFrame:
-    """A gene table as a frame indexed by ``feature_id``.
+@dataclass(frozen=True)
+class GeneTable:
+    """The genes of an organism and what their names lead to.
+
+    Attributes
+    ----------
+    genes
+        Indexed by ``feature_id``, with ``feature_name, version, feature_length, feature_type, aliases``.
+    symbols, aliases
+        From a current and an older name to the id; None where several ids bear it.
+    """
+
+    genes: pd.DataFrame
+    symbols: dict[str, str | None]
+    aliases: dict[str, str | None]
+
+
+def read_gene_table(path: Path) -> GeneTable:
+    """Read a gene table.
 
     Parameters
     ----------
@@ -32,8 +50,8 @@ def read_gene_table(path: Path) -> pd.DataFrame:
 
     Returns
     -------
-    pandas.DataFrame
-        Columns ``feature_name, version, feature_length, feature_type, aliases``, in the file's order.
+    GeneTable
+        Its genes in the file's order.
 
     Raises
     ------
@@ -62,7 +80,12 @@ def read_gene_table(path: Path) -> pd.DataFrame:
         table["feature_length"] = table["feature_length"].astype("int64")
     except ValueError as error:
         raise CellmillError(f"the gene table {path} has no whole numbers in its 4th column, the gene length") from error
-    return table.set_index("feature_id")
+    genes = table.set_index("feature_id")
+    symbols = names_to_ids(genes["feature_name"])
+    aliases = genes["aliases"].str.split("|").explode()
+    # An id that repeats its symbol among its aliases owns it, whatever other ids bear it.
+    symbols.update(names_to_ids(aliases[aliases == genes["feature_name"].reindex(aliases.index)]))
+    return GeneTable(genes, symbols, names_to_ids(aliases[~aliases.isin(symbols)]))
 
 
 def names_to_ids(names: pd.Series) -> dict[str, str | None]:
@@ -74,7 +97,7 @@ def names_to_ids(names: pd.Series) -> dict[str, str | None]:
     return known
 
 
-def map_genes(var: pd.DataFrame, table: pd.DataFrame, where: str) -> pd.DataFrame:
+def map_genes(var: pd.DataFrame, table: GeneTable, where: str) -> pd.DataFrame:
     """Map the genes of one data set to ids of the gene table.
 
     For each gene the first of these that the table knows: an Ensembl id (in the index or any text column of `var`, its
@@ -120,18 +143,13 @@ def map_genes(var: pd.DataFrame, table: pd.DataFrame, where: str) -> pd.DataFram
 
     for column in (genes, *text.values()):
         ids = column.str.extract(f"^{ID_PATTERN}$", expand=False)
-        fits = feature_id.isna() & ids.isin(table.index)
+        fits = feature_id.isna() & ids.isin(table.genes.index)
         feature_id[fits], how[fits] = ids[fits], "id"
 
-    symbols = names_to_ids(table["feature_name"])
-    aliases = table["aliases"].str.split("|").explode()
-    # An id that repeats its symbol among its aliases owns it, whatever other ids bear it.
-    symbols.update(names_to_ids(aliases[aliases == table["feature_name"].reindex(aliases.index)]))
-    aliases = names_to_ids(aliases[~aliases.isin(symbols)])
     named = [genes, *(text[name] for name in SYMBOL_COLUMNS if name in text)]
     # R turns the hyphen of a name into a dot (HLA.A), unless told not to.
     named.append(genes.str.replace(".", "-", regex=False))
-    for kind, known in (("symbol", symbols), ("alias", aliases)):
+    for kind, known in (("symbol", table.symbols), ("alias", table.aliases)):
         for column in named:
             open_ = feature_id.isna() & (how == "none") & column.isin(known)
             feature_id[open_] = column[open_].map(known)

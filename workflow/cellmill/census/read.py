@@ -130,8 +130,8 @@ def check_terms(census: soma.Collection, organism: str, terms: dict[str, list]) 
         parts = {value: value.split(SEPARATOR) if isinstance(value, str) else [value] for value in known}
         single = {part for split in parts.values() for part in split}
         for value in wanted:
-            if isinstance(value, bool) != isinstance(known[0], bool):
-                kind = "true or false, without quotes" if isinstance(known[0], bool) else "text; put it in quotes"
+            if isinstance(value, bool) != (known == [False, True]):
+                kind = "text; put it in quotes" if isinstance(value, bool) else "true or false, without quotes"
                 raise CellmillError(f"the filter on '{column}' has {value!r}, but the column holds {kind}")
             if value not in single and value not in parts:
                 raise CellmillError(
