@@ -72,11 +72,8 @@ def _results(folder: Path) -> tuple:
     """The weights' hash, the description and the log without its seconds."""
     log = pq.read_table(folder / "out/log.parquet").drop_columns("seconds")
     assert not (folder / "state").exists()
-    assert sorted(path.name for path in (folder / "out").iterdir() if not path.name.endswith(".tmp")) == [
-        "checkpoint.json",
-        "checkpoint.safetensors",
-        "log.parquet",
-    ]
+    files = sorted(path.name for path in (folder / "out").iterdir())
+    assert files == ["checkpoint.json", "checkpoint.safetensors", "log.parquet"]
     return sha256(folder / "out/checkpoint.safetensors"), (folder / "out/checkpoint.json").read_text(), log.to_pylist()
 
 
