@@ -75,7 +75,7 @@ def dots(references: bool) -> dict:
         alt.Tooltip("seen:N", title="seen in pretraining"),
     ]
     base = alt.Chart()
-    x = alt.X("mean:Q", title=None, scale=x_scale, axis=alt.Axis(tickCount=6, format="~g"))
+    x = alt.X("mean:Q", title=None, scale=x_scale, axis=alt.Axis(tickCount=6, format=",.4~r"))
     row = base.mark_rect(fill="transparent").encode(y=y, x=alt.value(0), x2=alt.value("width"), tooltip=tooltip)
     lines = (
         base.transform_filter("datum.reference")
@@ -120,8 +120,8 @@ def dots(references: bool) -> dict:
 
 @cache
 def curves() -> dict:
-    """Training curves of every seed; split `trivial` is a level. Data: ``step, split, seed, metric, value``."""
-    metric = alt.param(name="metric", value="")
+    """Training curves of every seed; `trivial` is a level. Data: ``step, progress, split, seed, metric, value``."""
+    metric, late = alt.param(name="metric", value=""), alt.param(name="late", value=False)
     colour = alt.Color(
         "split:N",
         legend=None,
@@ -137,7 +137,7 @@ def curves() -> dict:
         alt.Tooltip("metric:N"),
     ]
     x = alt.X("step:Q", title="optimiser step", axis=alt.Axis(tickCount=5, grid=False, format="~s"))
-    y = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=5, format="~g"))
+    y = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=5, format=",.4~r"))
     base = alt.Chart().encode(color=colour, detail="seed:N")
     train = base.transform_filter("datum.split == 'train'").mark_line(strokeWidth=1, opacity=0.75).encode(x=x, y=y)
     held_out = base.transform_filter("datum.split == 'validation'").mark_line(strokeWidth=1.8).encode(x=x, y=y)
@@ -156,7 +156,8 @@ def curves() -> dict:
         .mark_point(filled=True, size=60, opacity=0)
         .encode(x=x, y=y, tooltip=tooltip)
     )
-    chart = alt.layer(train, trivial, held_out, dots, hit).transform_filter("datum.metric == metric").add_params(metric)
+    chosen = "datum.metric == metric && (!late || datum.split == 'trivial' || datum.progress >= 0.2)"
+    chart = alt.layer(train, trivial, held_out, dots, hit).transform_filter(chosen).add_params(metric, late)
     return _finish(chart, height=190)
 
 

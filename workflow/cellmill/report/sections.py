@@ -198,9 +198,9 @@ def curves(page: Figures, logs: dict[str, pd.DataFrame], results: pd.DataFrame) 
     trivial = results[(results["task"] == "pretraining") & (results["kind"] == "baseline") & results["mean"].notna()]
     for model, log in logs.items():
         own = trivial[trivial["model"].map(summary.base_name) == model]
-        rows = log.to_dict("records") + [
-            {"split": "trivial", "metric": row.metric, "value": row.mean} for row in own.itertuples()
-        ]
+        rows = log.assign(progress=log["step"] / max(log["step"].max(), 1)).round({"progress": 3}).to_dict(
+            "records"
+        ) + [{"split": "trivial", "metric": row.metric, "value": row.mean} for row in own.itertuples()]
         validated = log[log["split"] == "validation"]["metric"].unique()
         metrics = sorted(log["metric"].unique(), key=lambda name: (name != "loss", name not in validated))
         figure = page.figure("curves", charts.curves(), f"log.{model}", rows, metric=metrics[0])
