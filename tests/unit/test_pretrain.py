@@ -2,7 +2,10 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -170,6 +173,34 @@ def test_another_vocabulary_is_refused(corpus, statistics, tmp_path):
     paths = {"out": tmp_path / "out", "state": tmp_path / "state"}
     with pytest.raises(CellmillError, match="vocabulary"):
         pretrain(corpus, statistics, RECIPES["scgpt"], name="m", seed=0, **paths, meta=meta)
+
+
+def test_training_and_embedding_need_little(corpus, tmp_path):
+    """A GPU node without pandas, scipy, rich and the like: Python does not find them."""
+    code = """
+import sys
+from importlib.machinery import PathFinder
+
+absent = ("pandas", "scipy", "sklearn", "anndata", "pydantic", "yaml", "rich", "tiledbsoma", "snakemake")
+find = PathFinder.find_spec
+hide = lambda cls, name, path=None, target=None: None if name.split(".")[0] in absent else find(name, path, target)
+PathFinder.find_spec = classmethod(hide)
+sys.path.insert(0, sys.argv[1])
+
+from pathlib import Path
+from cellmill.checkpoints import load_checkpoint
+from cellmill.embed import embed_shards
+from cellmill.shards.dataset import Shards
+from small_runs import train
+
+shards, out = Shards(sys.argv[2]), Path(sys.argv[3])
+train(shards, "scgpt", out, out.with_suffix(".state"), steps=2)
+assert embed_shards(load_checkpoint(out)[0], shards, "validation", 16).shape == (60, 16)
+"""
+    arguments = [str(Path(__file__).parents[1]), str(corpus.folder), str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "scgpt seed 0: 16 of 16 cells, step 2" in done.stderr  # plain lines where there is no terminal
 
 
 # --- training states --------------------------------------------------------------------------------------------------
