@@ -63,7 +63,7 @@
     const buttons = [...legend.querySelectorAll("button")];
     let kept = "";
     const focus = (value) => {
-      for (const view of viewsOf(legend.dataset.scope + "-")) view.signal("focus", value).runAsync();
+      for (const view of viewsOf(legend.dataset.scope)) view.signal("focus", value).runAsync();
     };
     for (const button of buttons) {
       const own = button.dataset.focus;
