@@ -84,6 +84,5 @@ if __name__ == "__main__":
                         print(f"{sys.argv[1]}, {method}: {seconds:.1f} s")
                 wall, used = time.perf_counter() - started, os.times()
                 cpu = used.children_user + used.children_system - cpu.children_user - cpu.children_system
-                print(
-                    f"{sys.argv[1]}, all, {cache} cache: {wall:.1f} s wall, {cpu:.1f} s CPU; load {os.getloadavg()[0]:.1f}"
-                )
+                said = f"{wall:.1f} s wall, {cpu:.1f} s CPU; load {os.getloadavg()[0]:.1f}"
+                print(f"{sys.argv[1]}, all, {cache} cache: {said}", flush=True)
