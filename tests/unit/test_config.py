@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from cellmill.config import DEMO, Config, check_names, load, parse, read_yaml
 from cellmill.config_docs import FILES, default_yaml
 from cellmill.errors import CellmillError
@@ -60,6 +59,7 @@ BAD = {
     "unknown baseline": ({"baselines": ["magic"]}, "baseline 'magic' is unknown"),
     "named twice": ({"models": ["scgpt-demo", "scgpt-demo"]}, "named twice"),
     "bad run name": ({"run": "../escape"}, "'run' is '../escape'"),
+    "lost column": ({"datasets": {"x": {"include": {}, "batch": "library"}}}, "datasets.x.batch is 'library'"),
     "reserved data set": ({"datasets": {"corpus": {"include": {}}}}, "cannot be called 'corpus'"),
 }
 

@@ -1,7 +1,6 @@
 """Counter-based randomness: reproducible, independent of batching, uniform."""
 
 import numpy as np
-
 from cellmill.randomness import hash64, uniform
 
 

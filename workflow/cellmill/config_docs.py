@@ -1,6 +1,6 @@
-"""Everything that is generated from the typed config: the default YAML, the JSON schema and the reference page.
+"""What is generated from the typed config: the default YAML, the JSON schema and the reference page.
 
-``python -m cellmill.config_docs`` writes the files, ``--check`` fails when one of them differs from what the classes say.
+``python -m cellmill.config_docs`` writes the files, ``--check`` fails when one of them differs from it.
 """
 
 import argparse
@@ -67,7 +67,8 @@ def reference_page() -> str:
     for name in tasks():
         parts.append(_table(f"Settings of task `{name}`", TypeAdapter(load_task(name).Settings).json_schema()))
     for name in architectures():
-        parts.append(_table(f"Sizes of architecture `{name}`", TypeAdapter(load_architecture(name).Sizes).json_schema()))
+        sizes = load_architecture(name).Sizes
+        parts.append(_table(f"Sizes of architecture `{name}`", TypeAdapter(sizes).json_schema()))
     return "\n\n".join(parts) + "\n"
 
 

@@ -41,8 +41,8 @@ def unwritable(path: Path, error: OSError) -> Exception:
     if error.errno not in _USER_CAN_MEND:
         return error
     return CellmillError(
-        f"{path} could not be written ({os.strerror(error.errno)}); free space or mend its permissions and run the same "
-        "command again: what is finished is kept"
+        f"{path} could not be written ({os.strerror(error.errno)}); free space or mend its permissions and run the "
+        "same command again: what is finished is kept"
     )
 
 

@@ -68,7 +68,7 @@ class Flow:
         return [f"{self.results}/census/genes_mapping.parquet"] if built_here else []
 
     def embeddings(self, wildcards) -> list[str]:
-        """The embeddings that one scoring job weighs: a model beside its untrained twin, all baselines, or all controls."""
+        """The embeddings that one scoring job weighs: a model and its twin, all baselines, or all controls."""
         members = {"baselines": self.config.baselines, "controls": CONTROLS}
         method = wildcards.method
         names = members.get(method, [method, f"{method}.untrained"])

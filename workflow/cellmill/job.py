@@ -33,8 +33,8 @@ class _Tee:
 def job(log: str):
     """Run a job's body with its messages in `log` and, but for warnings, on the terminal.
 
-    A `CellmillError` or a full disk ends the job with status 1 and one sentence as the last line; any other exception is
-    a defect and keeps its traceback.
+    A `CellmillError` or a full disk ends the job with status 1 and one sentence as the last line; any other exception
+    is a defect and keeps its traceback.
 
     Parameters
     ----------

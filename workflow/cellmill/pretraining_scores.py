@@ -1,5 +1,7 @@
-"""Score rows of the task ``pretraining``: a model's own loss on held-out cells, beside its untrained twin and its trivial
-baseline (gene frequencies, gene means), all asked at the same hidden positions.
+"""Score rows of the task ``pretraining``: a model's own loss on held-out cells.
+
+It stands beside the losses of the model's untrained twin and of its trivial baseline (gene frequencies, gene means),
+all asked at the same hidden positions.
 """
 
 import time

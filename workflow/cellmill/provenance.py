@@ -12,7 +12,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 
 # The sources that each kind of job runs, as globs inside the package: an edit to one of them reruns that kind of job.
-_SHARDS = ("errors.py", "randomness.py", "shards/batch.py", "shards/format.py", "shards/manifest.py", "shards/dataset.py")
+_BASE = ("errors.py", "files.py", "randomness.py")
+_SHARDS = (*_BASE, "shards/batch.py", "shards/format.py", "shards/manifest.py", "shards/dataset.py")
 _MODELS = ("views.py", "models/__init__.py", "models/base.py", "models/attention.py", "recipes.py", "checkpoints.py")
 _TRAINING = ("device.py", "optimizer.py", "training_state.py", "evaluate_loss.py", "pretrain.py")
 ROOMS = {
@@ -28,7 +29,7 @@ ROOMS = {
     "embed_model": (*_SHARDS, *_MODELS, "device.py", "embed.py"),
     "embed_baseline": (*_SHARDS, "tasks/data.py", "tasks/baselines.py", "tasks/controls.py"),
     "score": (*_SHARDS, "scores.py", "tasks/__init__.py", "tasks/base.py", "tasks/data.py"),
-    "score_pretraining": (*_SHARDS, *_MODELS, "shards/loader.py", "evaluate_loss.py", "pretraining_scores.py", "scores.py"),
+    "score_pretraining": (*_SHARDS, *_MODELS, "device.py", "evaluate_loss.py", "pretraining_scores.py", "scores.py"),
     "collect_scores": ("scores.py",),
     "report": ("report/*.py",),
 }

@@ -1,8 +1,9 @@
 """Counter-based random numbers: every draw is a pure function of integer keys.
 
-A masked gene, a sampled gene or a broken tie depends only on (seed, step, cell, gene), never on a generator's state. So a
-cell's input is the same whatever batch, chunk, rank or worker it arrives in, and a resumed run needs no random state for
-its data. The mixing function is splitmix64's finaliser (Steele, Lea and Flood, OOPSLA 2014), chained over the keys.
+A masked gene, a sampled gene or a broken tie depends only on (seed, step, cell, gene), never on a generator's state.
+So a cell's input is the same whatever batch, chunk, rank or worker it arrives in, and a resumed run needs no random
+state for its data. The mixing function is splitmix64's finaliser (Steele, Lea and Flood, OOPSLA 2014), chained over
+the keys.
 """
 
 import zlib
