@@ -75,7 +75,9 @@ rule all:
 
 
 onsuccess:
-    print(f"results are in {flow.results}; the report is {flow.results}/report/index.html")
+    print(
+        f"results are in {flow.results}; the report is {flow.results}/report/index.html"
+    )
 
 
 onerror:

@@ -109,8 +109,8 @@ class Flow:
     def selection(self, wildcards) -> dict:
         """The config section of a selection: the corpus, or a benchmark data set."""
         if wildcards.cells == "corpus":
-            return self.config.corpus.model_dump(exclude={"genes", "cells_per_shard"})
-        return self.config.datasets[wildcards.cells].model_dump(include={"include", "quality"})
+            return self.config.corpus.model_dump(exclude={"genes", "cells_per_shard", "shuffle_seed"})
+        return self.config.datasets[wildcards.cells].model_dump(include={"include", "quality", "label", "batch"})
 
     def held_out(self, wildcards) -> dict[str, dict]:
         """The benchmark data sets whose cells must not enter the corpus."""

@@ -31,7 +31,7 @@ ROOMS = {
     "score": (*_SHARDS, "scores.py", "tasks/__init__.py", "tasks/base.py", "tasks/data.py"),
     "score_pretraining": (*_SHARDS, *_MODELS, "device.py", "evaluate_loss.py", "pretraining_scores.py", "scores.py"),
     "collect_scores": ("scores.py",),
-    "report": ("report/*.py",),
+    "report": (*_SHARDS, "report/*.py", "census/genes.py", "vocabulary.py", "scores.py"),
 }
 
 

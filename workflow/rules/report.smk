@@ -20,6 +20,10 @@ rule write_report:
         ),
         vocabulary="results/{run}/vocabulary.parquet",
         mapping=flow.genes_mapping,
+        templates=expand(
+            f"{project_root()}/workflow/report/page.{{part}}",
+            part=["html", "css", "js"],
+        ),
     output:
         report(
             "results/{run}/report/index.html",

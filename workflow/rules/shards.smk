@@ -35,7 +35,12 @@ rule shards:
         vocabulary="results/{run}/vocabulary.parquet",
     output:
         shards=directory("results/{run}/shards/{cells}"),
-        qc="results/{run}/selections/{cells}/qc.parquet",
+        qc=report(
+            "results/{run}/selections/{cells}/qc.parquet",
+            caption="../report/qc.rst",
+            category="Quality control",
+            labels={"cells": "{cells}"},
+        ),
         qc_cells="results/{run}/selections/{cells}/qc_cells.parquet",
     log:
         "results/{run}/logs/shards/{cells}.log",
