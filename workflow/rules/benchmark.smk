@@ -13,6 +13,8 @@ rule score:
         "results/{run}/benchmarks/score/{task}-{dataset}-{method}.tsv"
     conda:
         "../../envs/evaluate.yaml"
+    resources:
+        mem_mb=4000,
     params:
         task=flow.task,
         dataset=flow.dataset,

@@ -17,7 +17,7 @@ rule embed_model:
         "../../envs/train.yaml"
     threads: flow.threads
     resources:
-        mem_mb=8000,
+        mem_mb=4000,
     params:
         embedding=flow.embedding,
         code=flow.embed_code,
@@ -40,7 +40,7 @@ rule embed_untrained:
         "../../envs/train.yaml"
     threads: flow.threads
     resources:
-        mem_mb=8000,
+        mem_mb=4000,
     params:
         sizes=flow.sizes,
         embedding=flow.embedding,

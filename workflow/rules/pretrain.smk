@@ -19,7 +19,8 @@ rule pretrain:
         "../../envs/train.yaml"
     threads: flow.threads
     resources:
-        mem_mb=8000,
+        mem_mb=4000,
+        runtime=2880,
     params:
         recipe=flow.recipe,
         code=flow.pretrain_code,

@@ -49,7 +49,7 @@ rule shards:
     conda:
         "../../envs/corpus.yaml"
     resources:
-        mem_mb=8000,
+        mem_mb=4000,
     params:
         cells_per_shard=flow.config.corpus.cells_per_shard,
         seed=flow.config.corpus.shuffle_seed,
