@@ -26,6 +26,7 @@ demo: $(READY)  ## run the workflow on the embedded default
 	$(BIN)/snakemake --cores $(CORES)
 
 run: $(READY)  ## run the workflow on CONFIG=config/NAME.yaml
+	$(BIN)/cellmill check $(CONFIG)
 	$(BIN)/snakemake --cores $(CORES) --configfile $(CONFIG)
 
 test: $(READY)  ## run all tests

@@ -5,13 +5,15 @@ snakemake --cores all --configfile config/NAME.yaml      your run
 snakemake --workflow-profile workflow/profiles/slurm     on a cluster
 """
 
+import atexit
 import os
 import sys
 import time
+from pathlib import Path
 
 from snakemake.utils import min_version
 
-from cellmill.config import check_names, load
+from cellmill.config import check_names, check_paths, load
 from cellmill.errors import CellmillError
 from cellmill.flow import Flow, one_of, project_root
 from cellmill.job import ERROR_PREFIX, said_errors
@@ -29,6 +31,7 @@ if not workflow.configfiles:
 try:
     run = load(config, project_root())
     if workflow.is_main_process:
+        check_paths(run)
         check_names(run)
 except CellmillError as error:
     sys.exit(f"{ERROR_PREFIX}{error}")
@@ -81,5 +84,6 @@ onsuccess:
 
 
 onerror:
-    for sentence in said_errors(project_root() / flow.results / "logs", started):
-        print(sentence, file=sys.stderr)
+    # printed at exit, below all that Snakemake itself has to say
+    for sentence in reversed(said_errors(Path(flow.results) / "logs", started)):
+        atexit.register(print, sentence, file=sys.stderr)

@@ -225,7 +225,7 @@ def test_flipped_bytes_never_pass_unseen(data, tmp_path):
         start = chunk.dictionary_page_offset or chunk.data_page_offset
         at = start + chunk.total_compressed_size - 1 - int(rng.integers(min(8, chunk.total_compressed_size // 4)))
         path.write_bytes(content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :])
-        with pytest.raises(CellmillError, match=r"x\.parquet is corrupt.*delete it and run again"):
+        with pytest.raises(CellmillError, match=r"x\.parquet is corrupt.*delete .*x\.parquet and run again"):
             read_shard(path)
 
 

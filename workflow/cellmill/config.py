@@ -185,7 +185,7 @@ def read_yaml(path: Path) -> dict:
         raise CellmillError(f"{path} does not exist; name a YAML file that does")
     try:
         content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CellmillError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise CellmillError(f"{path} holds no keys; it must be a YAML mapping")
@@ -262,6 +262,28 @@ def _named_files(names: list[str], folder: Path, kind: str) -> list[Path]:
             raise CellmillError(f"the config: {kind} '{path.stem}' is named twice; give each file its own name")
         paths.append(path)
     return paths
+
+
+def check_paths(run: Run) -> None:
+    """Check that the files and folders that a config names exist, seen from the working folder.
+
+    Raises
+    ------
+    CellmillError
+        For the first that does not.
+    """
+    census = run.config.census
+    holds = {"local": "a Census", "h5ad": ".h5ad files"}.get(census.source)
+    if holds and not Path(census.path).is_dir():
+        raise CellmillError(
+            f"the config: census.path is '{census.path}', which is no folder (seen from {Path.cwd()}); "
+            f"name the folder of {holds}"
+        )
+    if census.gene_table and not Path(census.gene_table).is_file():
+        raise CellmillError(
+            f"the config: census.gene_table is '{census.gene_table}', which is no file (seen from {Path.cwd()}); "
+            "name one that exists or leave it out"
+        )
 
 
 def check_names(run: Run) -> None:

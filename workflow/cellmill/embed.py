@@ -124,7 +124,9 @@ def write_embedding(path: Path, x_CE: np.ndarray, meta: dict) -> None:
     """
     path = Path(path)
     with atomic(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, np.ascontiguousarray(x_CE, dtype=np.float32), allow_pickle=False)
+        x_CE = np.ascontiguousarray(x_CE, dtype=np.float32)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(x_CE))
+        file.write(x_CE.data)  # np.save does not say that the disk is full, only how many values it wrote
     content = {**meta, "cells": x_CE.shape[0], "width": x_CE.shape[1], "sha256": sha256(path)}
     with atomic(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(content, indent=1))

@@ -2,8 +2,9 @@
 
 import errno
 import logging
+import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cellmill.errors import CellmillError
@@ -18,8 +19,9 @@ class _Tee:
         self.log, self.terminal = log, terminal
 
     def write(self, text: str) -> int:
-        self.terminal.write(text)
-        return self.log.write(text)
+        with suppress(OSError):  # the disk may be full
+            self.log.write(text)
+        return self.terminal.write(text)
 
     def flush(self) -> None:
         self.terminal.flush()
@@ -52,7 +54,8 @@ def job(log: str):
         except CellmillError as error:
             _end(error)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            # libraries in C may say it in words alone
+            if error.errno != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
                 raise
             where = error.filename or "the disk of the results folder"
             _end(f"no space is left on {where}; free some and run the same command again: what is finished is kept")

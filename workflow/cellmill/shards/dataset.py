@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from cellmill.errors import CellmillError
 from cellmill.shards.batch import CellBatch
-from cellmill.shards.format import read_obs, read_row_groups
+from cellmill.shards.format import corrupt, read_obs, read_row_groups
 from cellmill.shards.manifest import read_manifest
 
 
@@ -66,7 +66,7 @@ class Shards:
         if self.vocabulary_hash != expected_hash:
             raise CellmillError(
                 f"{self.folder} was written with the vocabulary {self.vocabulary_hash}, but {expected_hash} is"
-                " expected; make both with one vocabulary"
+                " expected; take a checkpoint and shards that were made with one vocabulary"
             )
 
     def obs(self, split: str, columns: list[str] | None = None) -> pa.Table:
@@ -92,9 +92,8 @@ class Shards:
         """The cells of one row group."""
         cells, _ = read_row_groups(group.path, [group.index], [], n_genes=self.n_genes)
         if len(cells) != group.cells:
-            raise CellmillError(
-                f"shard {group.path} is corrupt: row group {group.index} has {len(cells)} cells, the manifest says"
-                f" {group.cells}; delete it and run again"
+            raise corrupt(
+                group.path, f"row group {group.index} has {len(cells)} cells, the manifest says {group.cells}"
             )
         return cells
 

@@ -19,6 +19,7 @@ from cellmill.files import sha256, sync, unwritable
 from cellmill.shards.batch import CellBatch
 
 FORMAT, VERSION = "cellmill-shard", 1
+MANIFEST = "manifest.json"
 MAX_GENES = 65_536
 """Gene ids are 16 bits wide."""
 ROW_GROUP = 2048
@@ -113,26 +114,26 @@ def decode_cells(table: pa.Table, where: str, n_genes: int = MAX_GENES) -> CellB
     if not np.array_equal(genes_offsets_B1, 2 * offsets_B1) or not np.array_equal(
         lengths_B, _numbers(table["n_genes"])
     ):
-        raise _corrupt(where, "the lengths of genes, counts and n_genes differ")
+        raise corrupt(where, "the lengths of genes, counts and n_genes differ")
 
     deltas_N = genes_bytes.view("<u2")
     starts_E = offsets_B1[:-1][lengths_B > 0]
     if np.count_nonzero(deltas_N == 0) != np.count_nonzero(deltas_N[starts_E] == 0):
-        raise _corrupt(where, "gene ids do not ascend")
+        raise corrupt(where, "gene ids do not ascend")
     genes_N = deltas_N.astype(np.int64)
     if len(starts_E):
         # One cumulative sum over all cells, which falls back to zero where a cell starts.
         last_E = np.add.reduceat(genes_N, starts_E)
         if last_E.max() >= n_genes:
-            raise _corrupt(where, f"gene id {last_E.max()} lies beyond the vocabulary of {n_genes} genes")
+            raise corrupt(where, f"gene id {last_E.max()} lies beyond the vocabulary of {n_genes} genes")
         genes_N[starts_E[1:]] -= last_E[:-1]
         np.cumsum(genes_N, out=genes_N)
 
     overflown_O = np.flatnonzero(counts_N == _OVERFLOWN)
     if not np.array_equal(overflow_offsets_B1, 4 * np.searchsorted(overflown_O, offsets_B1)):
-        raise _corrupt(where, "counts_overflow does not match the counts of 255")
+        raise corrupt(where, "counts_overflow does not match the counts of 255")
     if not counts_N.all():
-        raise _corrupt(where, "a count is zero")
+        raise corrupt(where, "a count is zero")
     counts_N = counts_N.astype(np.int64)
     counts_N[overflown_O] = overflow_bytes.view("<u4")
     return CellBatch(
@@ -166,8 +167,11 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
     return np.from_dlpack(column.combine_chunks())
 
 
-def _corrupt(where: str, what: str) -> CellmillError:
-    return CellmillError(f"shard {where} is corrupt: {what}; delete it and run again")
+def corrupt(path: str | Path, what: str) -> CellmillError:
+    """The error for a damaged shard; one of a folder with a manifest is made again with the whole folder."""
+    path = Path(path)
+    remove = path.parent if (path.parent / MANIFEST).is_file() else path
+    return CellmillError(f"shard {path} is corrupt: {what}; delete {remove} and run again")
 
 
 class ShardWriter:
@@ -376,7 +380,7 @@ def _open_shard(path: Path) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
     except _DAMAGE as error:
-        raise _corrupt(str(path), " ".join(str(error).split())) from error
+        raise corrupt(path, " ".join(str(error).split())) from error
     metadata = file.schema_arrow.metadata or {}
     if metadata.get(b"cellmill.format") != FORMAT.encode():
         raise CellmillError(f"{path} is a parquet file but no shard of cellmill; name a file that cellmill wrote")
@@ -387,7 +391,7 @@ def _open_shard(path: Path) -> pq.ParquetFile:
         )
     missing = [name for name in _schema([]).names if name not in file.schema_arrow.names]
     if missing:
-        raise _corrupt(str(path), f"it has no column {', '.join(missing)}")
+        raise corrupt(path, f"it has no column {', '.join(missing)}")
     return file
 
 
@@ -408,7 +412,7 @@ def read_obs(path: str | Path, columns: list[str] | None = None) -> pa.Table:
         try:
             return file.read(columns=names, use_threads=False).unify_dictionaries()
         except _DAMAGE as error:
-            raise _corrupt(str(path), " ".join(str(error).split())) from error
+            raise corrupt(path, " ".join(str(error).split())) from error
 
 
 def read_row_groups(
@@ -447,7 +451,7 @@ def read_row_groups(
             try:
                 table = file.read_row_group(group, columns=wanted, use_threads=False)
             except _DAMAGE as error:
-                raise _corrupt(str(path), " ".join(str(error).split())) from error
+                raise corrupt(path, " ".join(str(error).split())) from error
             batches.append(decode_cells(table, str(path), n_genes))
             tables.append(table.select(names))
         if not groups:

@@ -6,9 +6,8 @@ from pathlib import Path
 import cellmill
 from cellmill.errors import CellmillError
 from cellmill.files import atomic, sha256
-from cellmill.shards.format import MAX_GENES
+from cellmill.shards.format import MANIFEST, MAX_GENES, corrupt
 
-NAME = "manifest.json"
 FORMAT, VERSION = "cellmill-shards", 1
 _KEYS = ("organism", "census", "selection", "vocabulary", "splits", "totals")
 _SHARD_KEYS = ("file", "cells", "nonzeros", "bytes", "sha256", "row_groups")
@@ -69,7 +68,7 @@ def write_manifest(
         "totals": {key: sum(shard[key] for shard in shards) for key in ("cells", "nonzeros", "bytes")},
     }
     _check_files(folder, manifest)
-    with atomic(folder / NAME) as temporary:
+    with atomic(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return manifest
 
@@ -84,7 +83,7 @@ def read_manifest(folder: str | Path) -> dict:
         size.
     """
     folder = Path(folder)
-    path = folder / NAME
+    path = folder / MANIFEST
     if not path.is_file():
         raise CellmillError(f"{path} does not exist; name a folder of shards, or make them first")
     try:
@@ -119,10 +118,7 @@ def verify_checksums(folder: str | Path) -> None:
         for shard in shards:
             found = sha256(folder / shard["file"])
             if found != shard["sha256"]:
-                raise CellmillError(
-                    f"shard {folder / shard['file']} is corrupt: its SHA-256 is {found}, the manifest's is"
-                    f" {shard['sha256']}; delete it and run again"
-                )
+                raise corrupt(folder / shard["file"], f"its SHA-256 is {found}, the manifest's is {shard['sha256']}")
 
 
 def _check_files(folder: Path, manifest: dict) -> None:
@@ -130,10 +126,9 @@ def _check_files(folder: Path, manifest: dict) -> None:
         for shard in shards:
             path = folder / shard["file"]
             if not path.is_file():
-                raise CellmillError(f"shard {path} does not exist but the manifest names it; make the shards again")
+                raise CellmillError(
+                    f"shard {path} does not exist but the manifest names it; delete {folder} and run again"
+                )
             size = path.stat().st_size
             if size != shard["bytes"]:
-                raise CellmillError(
-                    f"shard {path} is corrupt: it has {size} bytes, the manifest says {shard['bytes']};"
-                    " delete it and run again"
-                )
+                raise corrupt(path, f"it has {size} bytes, the manifest says {shard['bytes']}")
