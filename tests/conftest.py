@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+EXTRA_OBS = ["library", "author_cell_type"]  # as in config/demo.yaml
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +44,7 @@ def demo_census() -> DemoCensus:
     pins = ROOT / "envs" / "data-wheels.txt"
     room = ROOT / "workflow" / "cellmill" / "census"
     modules = ("build", "demo", "genes", "h5ad", "ontology", "wheels")
-    made_by = [pins, *(room / f"{module}.py" for module in modules)]
+    made_by = [Path(__file__), pins, *(room / f"{module}.py" for module in modules)]
     version = hashlib.sha256(b"".join(path.read_bytes() for path in made_by)).hexdigest()[:12]
     demo = DemoCensus(
         wheels=cache / "wheels",
@@ -63,7 +64,7 @@ def demo_census() -> DemoCensus:
             h5ads,
             making / "genes.csv.gz",
             making / "soma",
-            extra_obs=["library"],
+            extra_obs=EXTRA_OBS,
             mapping=making / "genes_mapping.parquet",
             wheels=demo.wheels,
             quiet=True,

@@ -80,7 +80,7 @@ def test_layout_is_that_of_the_census(census):
     assert set(census["census_info"]) == {"summary", "datasets", "summary_cell_counts", "organisms"}
     experiment = census["census_data"]["homo_sapiens"]
     assert isinstance(experiment, soma.Experiment)
-    assert experiment.obs.keys() == (*OBS_SCHEMA.names, "library")
+    assert experiment.obs.keys() == (*OBS_SCHEMA.names, "library", "author_cell_type")
     rna = experiment.ms["RNA"]
     assert rna.var.keys() == (
         *("soma_joinid", "feature_id", "feature_name", "feature_type", "feature_length"),
