@@ -183,12 +183,8 @@ def test_gene_embeddings(model):
 
 def test_trivial_baseline_by_hand():
     model = tiny("V1", 8, [1.0, 1.0, 1.0])
-    batch = {
-        "tokens": torch.tensor([[2, 1, 0], [2, 0, 0]]),
-        "positions": torch.tensor([1]),
-        "targets": torch.tensor([3]),
-    }
-    trivial = model.fit_trivial([batch])  # genes 0, 0, 1, and one more of each
+    batch = {"tokens": torch.tensor([[2, 1, 0]]), "positions": torch.tensor([1]), "targets": torch.tensor([3])}
+    trivial = model.fit_trivial([make_batch([{0: 2, 1: 1}, {0: 7}])])  # genes 0, 1, 0, and one more of each
     torch.testing.assert_close(trivial.exp(), torch.tensor([3.0, 2.0, 1.0]) / 6)
     term = model.trivial_losses(batch, trivial)["mlm"]
     assert term.sum.item() == pytest.approx(np.log(3))
@@ -199,6 +195,6 @@ def test_learns_below_the_trivial_baseline(blood):
     torch.manual_seed(0)
     cells = blood.take(np.arange(8))
     model = Geneformer(Geneformer.Sizes(version="V1", max_length=64, **TINY), N_GENES, real_statistics(blood, N_GENES))
-    trivial = model.fit_trivial(model.pretrain_inputs(cells, seed=0, step=step) for step in range(3))
+    trivial = model.fit_trivial([cells])
     baseline = total_loss(model.trivial_losses(model.pretrain_inputs(cells, seed=0, step=None), trivial))
     assert train(model, cells, steps=60, learning_rate=1e-2) < baseline.item()

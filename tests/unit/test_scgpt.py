@@ -216,16 +216,21 @@ def test_gene_embeddings(model):
 
 
 def test_trivial_baseline_by_hand(model):
+    # three different counts lie at the lowest, the middle and the highest edge: bins 1, 25 or 26, and 50
+    cells = make_batch([{3: 1, 4: 5, 5: 9}, {3: 9, 6: 1, 5: 5}])
+    bins_N = model.bin_counts(cells, "trivial")
+    trivial = model.fit_trivial([cells])
+    assert trivial[3] == (bins_N[0] + bins_N[3]) / 2
+    assert trivial[4] == bins_N[1]
+    assert trivial[7] == pytest.approx(bins_N.mean())  # no cell expresses gene 7
     batch = {
         "tokens": torch.tensor([[model.cls, 3, 4], [model.cls, 3, 5]]),
         "positions": torch.tensor([1, 4, 5]),
-        "targets": torch.tensor([10.0, 20.0, 6.0]),
+        "targets": trivial[[3, 3, 5]] + torch.tensor([1.0, 2.0, 3.0]),
     }
-    trivial = model.fit_trivial([batch])
-    assert trivial[[3, 5, 4]].tolist() == [15, 6, 12]
     losses = model.trivial_losses(batch, trivial)
     assert {name: (term.sum.item(), term.count.item()) for name, term in losses.items()} == dict.fromkeys(
-        ("gep", "mvc", "gep_prompt"), (50, 3)
+        ("gep", "mvc", "gep_prompt"), (14, 3)
     )
 
 

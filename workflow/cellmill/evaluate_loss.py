@@ -19,7 +19,13 @@ TRIVIAL_CELLS = 65536
 
 
 def held_out_losses(
-    model: CellModel, shards: Shards, split: str, batch_size: int, seed: int, max_cells: int | None = None
+    model: CellModel,
+    shards: Shards,
+    split: str,
+    batch_size: int,
+    seed: int,
+    max_cells: int | None = None,
+    draws: int = 1,
 ) -> dict[str, float]:
     """The objective on a split, in evaluation mode and float32.
 
@@ -35,6 +41,8 @@ def held_out_losses(
         Decides which positions are hidden.
     max_cells
         At most so many cells, evenly spread over the split; all by default.
+    draws
+        How often each cell is asked, with other positions hidden each time.
 
     Returns
     -------
@@ -47,7 +55,8 @@ def held_out_losses(
         If the split holds no cells, or a loss is not finite.
     """
     model.to(best_device())
-    return _finite(mean_losses(model, spread_batches(shards, split, batch_size, max_cells), seed), "the model")
+    batches = spread_batches(shards, split, batch_size, max_cells)
+    return _finite(mean_losses(model, batches, seed, draws=draws), "the model")
 
 
 def trivial_held_out(
@@ -58,6 +67,7 @@ def trivial_held_out(
     batch_size: int,
     seed: int,
     max_cells: int | None = None,
+    draws: int = 1,
 ) -> dict[str, float]:
     """The objective on a split when the architecture's trivial baseline predicts; as `held_out_losses`.
 
@@ -65,17 +75,22 @@ def trivial_held_out(
     """
     device = best_device()
     model.to(device)
-    train = spread_batches(shards, train_split, batch_size, TRIVIAL_CELLS)
-    trivial = model.fit_trivial(_inputs(model, batch, seed, device) for batch in train)
+    trivial = model.fit_trivial(spread_batches(shards, train_split, batch_size, TRIVIAL_CELLS))
     sums = TermSums()
     with torch.inference_mode():
         for batch in spread_batches(shards, split, batch_size, max_cells):
-            sums.add(model.trivial_losses(_inputs(model, batch, seed, device), trivial), len(batch))
+            for draw in range(draws):
+                inputs = _inputs(model, batch, seed + draw, device)
+                sums.add(model.trivial_losses(inputs, trivial), 0 if draw else len(batch))
     return _finite(sums.means(), "the trivial baseline")
 
 
 def mean_losses(
-    model: CellModel, batches: Iterable[CellBatch], seed: int, autocast: AbstractContextManager | None = None
+    model: CellModel,
+    batches: Iterable[CellBatch],
+    seed: int,
+    autocast: AbstractContextManager | None = None,
+    draws: int = 1,
 ) -> dict[str, float]:
     """`held_out_losses` on given batches, without the check of finiteness."""
     device = next(model.parameters()).device
@@ -84,7 +99,9 @@ def mean_losses(
     sums = TermSums()
     with torch.inference_mode(), autocast or nullcontext():
         for batch in batches:
-            sums.add(model(_inputs(model, batch, seed, device), step=None), len(batch))
+            for draw in range(draws):
+                inputs = _inputs(model, batch, seed + draw, device)
+                sums.add(model(inputs, step=None), 0 if draw else len(batch))
     model.train(was_training)
     return sums.means()
 

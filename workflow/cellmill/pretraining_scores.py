@@ -5,6 +5,7 @@ all asked at the same hidden positions.
 """
 
 import time
+from functools import partial
 from pathlib import Path
 
 from cellmill.checkpoints import build_model, load_checkpoint
@@ -14,6 +15,12 @@ from cellmill.progress import Progress
 from cellmill.recipes import ModelRecipe
 from cellmill.scores import row
 from cellmill.shards.dataset import Shards
+
+EVALUATION_SEED = 0
+"""Every seed of a model is asked at the same positions, so that intervals over seeds are of training alone."""
+EVALUATED_CELLS = 384
+"""Fewer held-out cells than this are asked several times, with other positions hidden each time."""
+MAX_DRAWS = 8
 
 
 def score_pretraining(
@@ -40,22 +47,21 @@ def score_pretraining(
         One row per seed, method and metric (``loss``, the sum of the objective's terms, and each term).
     """
     rows = []
+    draws = min(MAX_DRAWS, -(-EVALUATED_CELLS // max(shards.n_cells("validation"), 1)))
     with Progress(f"held-out loss of {name}", total=3 * len(checkpoints)) as progress:
         for number, folder in enumerate(checkpoints):
             model, meta = load_checkpoint(folder)
             recipe, seed = ModelRecipe.from_dict(meta["recipe"]), meta["seed"]
             untrained = build_model(recipe, shards.n_genes, statistics, seed)
-            where = (shards, "validation", recipe.embedding.batch_size, seed)
+            where = ("validation", recipe.embedding.batch_size, EVALUATION_SEED)
             methods = {
-                (name, "model"): lambda model=model, where=where: held_out_losses(model, *where),
-                (f"{name}.untrained", "untrained"): lambda model=untrained, where=where: held_out_losses(model, *where),
-                (f"{name}.trivial", "baseline"): lambda model=model, where=where: trivial_held_out(
-                    model, where[0], "train", *where[1:]
-                ),
+                (name, "model"): partial(held_out_losses, model, shards, *where),
+                (f"{name}.untrained", "untrained"): partial(held_out_losses, untrained, shards, *where),
+                (f"{name}.trivial", "baseline"): partial(trivial_held_out, model, shards, "train", *where),
             }
             for done, ((method, kind), losses) in enumerate(methods.items(), start=1):
                 started = time.monotonic()
-                values = losses()
+                values = losses(draws=draws)
                 n = values.pop("cells")
                 seconds = time.monotonic() - started
                 rows += [

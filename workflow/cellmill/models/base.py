@@ -102,8 +102,8 @@ class CellModel(nn.Module):
         """Static gene embeddings, float32 [V, D]."""
         raise NotImplementedError
 
-    def fit_trivial(self, batches: Iterable[Inputs]) -> Tensor:
-        """Statistics of the objective's trivial baseline (gene frequencies, gene means), from training's inputs."""
+    def fit_trivial(self, batches: Iterable[CellBatch]) -> Tensor:
+        """Statistics of the objective's trivial baseline (gene frequencies, gene means) over training cells."""
         raise NotImplementedError
 
     def trivial_losses(self, inputs: Inputs, trivial: Tensor) -> Losses:

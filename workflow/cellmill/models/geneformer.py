@@ -208,14 +208,12 @@ class Geneformer(CellModel):
         """[V, D], the token embeddings of the genes."""
         return self.word_embeddings.weight[self.n_specials :].detach().float()
 
-    def fit_trivial(self, batches: Iterable[Inputs]) -> Tensor:
+    def fit_trivial(self, batches: Iterable[CellBatch]) -> Tensor:
         """[V], log frequency of each gene among the corpus's tokens, add-one smoothed."""
-        counts_V = torch.ones(self.n_genes, dtype=torch.float64)
-        for inputs in batches:
-            tokens = inputs["tokens"].flatten().index_copy(0, inputs["positions"], inputs["targets"])
-            genes = tokens[tokens >= self.n_specials] - self.n_specials
-            counts_V += torch.bincount(genes, minlength=self.n_genes).cpu()
-        return (counts_V / counts_V.sum()).log().float()
+        counts_V = np.ones(self.n_genes)
+        for cells in batches:
+            counts_V += np.bincount(self.rank_genes(cells).genes, minlength=self.n_genes)
+        return torch.from_numpy(np.log(counts_V / counts_V.sum())).float()
 
     def trivial_losses(self, inputs: Inputs, trivial: Tensor) -> Losses:
         """`mlm` when every masked gene is predicted by the corpus's gene frequencies."""

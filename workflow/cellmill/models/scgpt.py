@@ -122,7 +122,7 @@ class Scgpt(CellModel):
 
     Sizes = Sizes
     presets: ClassVar[dict[str, Sizes]] = {
-        "demo": Sizes(n_layers=2, width=128, n_heads=2, hidden=128, max_length=301, dropout=0.0, cell_prompt_after=200),
+        "demo": Sizes(n_layers=2, width=32, n_heads=2, hidden=32, max_length=301, dropout=0.0, cell_prompt_after=2100),
         "whole-human": Sizes(n_layers=12, width=512, n_heads=8, hidden=512, max_length=1200),
     }
     published_genes: ClassVar[dict[str, int]] = {"whole-human": 60694}
@@ -254,16 +254,15 @@ class Scgpt(CellModel):
         with torch.no_grad():
             return self.gene_norm(self.gene_embedding.weight[: self.n_genes]).float()
 
-    def fit_trivial(self, batches: Iterable[Inputs]) -> Tensor:
-        """[V], mean bin of each gene where it is hidden; the mean over all genes where it never is."""
-        sums_V = torch.zeros(self.n_genes, dtype=torch.float64)
-        counts_V = torch.zeros(self.n_genes, dtype=torch.float64)
-        for inputs in batches:
-            genes_M = inputs["tokens"].flatten()[inputs["positions"]].cpu()
-            sums_V.index_add_(0, genes_M, inputs["targets"].double().cpu())
-            counts_V += torch.bincount(genes_M, minlength=self.n_genes)
-        overall = sums_V.sum() / counts_V.sum().clamp(min=1)
-        return torch.where(counts_V > 0, sums_V / counts_V.clamp(min=1), overall).float()
+    def fit_trivial(self, batches: Iterable[CellBatch]) -> Tensor:
+        """[V], mean bin of each gene over the cells that express it; the mean over all genes where none does."""
+        sums_V, counts_V = np.zeros(self.n_genes), np.zeros(self.n_genes)
+        for cells in batches:
+            sums_V += np.bincount(cells.genes, self.bin_counts(cells, "trivial"), minlength=self.n_genes)
+            counts_V += np.bincount(cells.genes, minlength=self.n_genes)
+        overall = sums_V.sum() / max(counts_V.sum(), 1)
+        means_V = np.divide(sums_V, counts_V, out=np.full(self.n_genes, overall), where=counts_V > 0)
+        return torch.from_numpy(means_V).float()
 
     def trivial_losses(self, inputs: Inputs, trivial: Tensor) -> Losses:
         """All three terms when every hidden gene is predicted by its mean bin in the corpus."""
