@@ -405,7 +405,7 @@ def build_census(
         write_mapping(pd.concat([source.mapping for source in sources], ignore_index=True), mapping)
         shutil.rmtree(out, ignore_errors=True)
         os.replace(partial, out)
-    except (OSError, soma.SOMAError) as error:
+    except (OSError, RuntimeError, soma.SOMAError) as error:  # tiledbsoma raises RuntimeError when a group is closed
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise CellmillError(f"the disk is full while {out} is built; free some space and run again") from error
         raise
