@@ -6,7 +6,6 @@ snakemake --workflow-profile workflow/profiles/slurm     on a cluster
 """
 
 import atexit
-import os
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from snakemake.utils import min_version
 
 from cellmill.config import check_names, check_paths, load
 from cellmill.errors import CellmillError
-from cellmill.flow import Flow, one_of, project_root
+from cellmill.flow import Flow, one_of, point_environments_here, project_root
 from cellmill.job import ERROR_PREFIX, said_errors
 from cellmill.provenance import code_version
 
@@ -38,9 +37,7 @@ except CellmillError as error:
 
 flow = Flow(run)
 started = time.time()
-os.environ["CELLMILL_HOME"] = str(
-    project_root()
-)  # where envs/*.yaml find the lock of versions
+point_environments_here()
 
 
 wildcard_constraints:

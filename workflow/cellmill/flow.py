@@ -4,6 +4,7 @@ Each parameter holds just what its job depends on, so that a change in the confi
 no others.
 """
 
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -212,3 +213,8 @@ def one_of(names: list[str]) -> str:
 def project_root() -> Path:
     """The folder of the Snakefile."""
     return Path(__file__).resolve().parents[2]
+
+
+def point_environments_here() -> None:
+    """Set CELLMILL_HOME, with which the conda files of ``envs/`` name the lock of versions and this package."""
+    os.environ["CELLMILL_HOME"] = str(project_root())
