@@ -11,7 +11,7 @@ CONFIG ?= config/demo.yaml
 READY := $(VENV)/.ready
 export MPLBACKEND := agg
 
-.PHONY: help demo run test lint format bench config lock clean
+.PHONY: help demo run test lint format bench picture config lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -44,8 +44,16 @@ format: $(READY)  ## format all sources
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt Snakefile workflow/rules
 
-bench: $(READY)  ## measure against peers and limits; one table and results/bench/*.json
-	$(BIN)/python -m tests.bench
+bench: demo  ## measure shards, corpus, training and scoring on the demo's cells; docs/log.md keeps figures
+	$(BIN)/python tests/bench/shards.py
+	$(BIN)/python tests/bench/corpus.py
+	$(BIN)/python tests/bench/training.py
+	$(BIN)/python tests/bench/score_demo.py annotation
+	$(BIN)/python tests/bench/score_demo.py integration
+
+picture: demo  ## take the README's picture of the report (needs chromium)
+	chromium --headless --no-sandbox --disable-gpu --user-data-dir=$$(mktemp -d) --window-size=1280,1700 \
+	  --virtual-time-budget=20000 --screenshot=docs/report.png file://$(CURDIR)/results/demo/report/index.html
 
 config: $(READY)  ## regenerate config/demo.yaml, config/schema.json and docs/config.md
 	$(BIN)/python -m cellmill.config_docs
