@@ -25,7 +25,8 @@ class _Tee:
 
     def flush(self) -> None:
         self.terminal.flush()
-        self.log.flush()
+        with suppress(OSError):
+            self.log.flush()
 
     def isatty(self) -> bool:
         return False  # several jobs share the terminal: lines, not a moving bar
@@ -44,23 +45,25 @@ def job(log: str):
         Path of the rule's log file.
     """
     Path(log).parent.mkdir(parents=True, exist_ok=True)
-    with Path(log).open("w", buffering=1) as file:
-        logging.basicConfig(stream=file, level=logging.INFO, force=True)
-        logging.captureWarnings(True)
-        stdout, stderr = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = file, _Tee(file, stderr)
-        try:
-            yield
-        except CellmillError as error:
-            _end(error)
-        except OSError as error:
-            # libraries in C may say it in words alone
-            if error.errno != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
-                raise
-            where = error.filename or "the disk of the results folder"
-            _end(f"no space is left on {where}; free some and run the same command again: what is finished is kept")
-        finally:
-            sys.stdout, sys.stderr = stdout, stderr
+    file = Path(log).open("w", buffering=1)  # noqa: SIM115 (closed below, also on a full disk)
+    logging.basicConfig(stream=file, level=logging.INFO, force=True)
+    logging.captureWarnings(True)
+    stdout, stderr = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = file, _Tee(file, stderr)
+    try:
+        yield
+    except CellmillError as error:
+        _end(error)
+    except OSError as error:
+        # libraries in C may say it in words alone
+        if error.errno != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        where = error.filename or "the disk of the results folder"
+        _end(f"no space is left on {where}; free some and run the same command again: what is finished is kept")
+    finally:
+        sys.stdout, sys.stderr = stdout, stderr
+        with suppress(OSError):  # what a full disk did not take is still waiting to be written
+            file.close()
 
 
 def _end(sentence) -> None:
