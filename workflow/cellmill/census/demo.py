@@ -11,9 +11,11 @@ What the wheels and the papers do not say is "unknown". Ontology labels come fro
 Shape legend: D = cells, G = genes.
 """
 
+import io
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -196,7 +198,11 @@ def write_demo_h5ads(wheels: Path, folder: Path) -> list[Path]:
     paths = []
     for name, make in DATASETS.items():
         path = folder / f"{name}.h5ad"
+        # in memory first: HDF5 ends the process with a crash when it cannot close a file on a full disk
+        content = io.BytesIO()
+        with h5py.File(content, "w") as file:
+            ad.io.write_elem(file, "/", make(wheels, ontologies), dataset_kwargs={"compression": "lzf"})
         with atomic(path) as temporary:
-            make(wheels, ontologies).write_h5ad(temporary, compression="lzf")
+            temporary.write_bytes(content.getbuffer())
         paths.append(path)
     return paths
