@@ -27,7 +27,7 @@ def build_model(recipe: ModelRecipe, n_genes: int, statistics: GeneStatistics | 
     """The architecture with freshly drawn weights, on the CPU.
 
     The weights depend on the recipe, `n_genes` and `seed` alone: built again with the same seed, this is the untrained
-    twin of a trained model. The process's own random state is left as it was.
+    twin of a trained model. The CPU's random state is left as it was.
 
     Raises
     ------

@@ -75,7 +75,7 @@ def trivial_held_out(
     """
     device = best_device()
     model.to(device)
-    trivial = model.fit_trivial(spread_batches(shards, train_split, batch_size, TRIVIAL_CELLS))
+    trivial = model.fit_trivial(spread_batches(shards, train_split, batch_size, TRIVIAL_CELLS)).to(device)
     sums = TermSums()
     with torch.inference_mode():
         for batch in spread_batches(shards, split, batch_size, max_cells):
@@ -126,24 +126,22 @@ class TermSums:
 
 
 def spread_batches(shards: Shards, split: str, batch_size: int, max_cells: int | None = None) -> Iterator[CellBatch]:
-    """At most `max_cells` cells of a split, evenly spread over it, in shard order and in batches of `batch_size`."""
+    """Batches of `batch_size` cells in shard order: all of a split, or `max_cells` in batches evenly spread over it.
+
+    A corpus's shards are shuffled, so any run of neighbours is a random sample, and only what is yielded is read.
+    """
     n_cells = shards.n_cells(split) if split in shards.splits else 0
     if n_cells == 0:
         raise CellmillError(f"the shards hold no cells of the split '{split}'; set corpus.splits so that it has some")
     n_kept = min(n_cells, max_cells or n_cells)
-    rows = np.arange(n_kept) * n_cells // n_kept
-    kept, n_waiting, start = [], 0, 0
-    for batch in shards.batches(split, batch_size):
-        first, last = np.searchsorted(rows, [start, start + len(batch)])
-        kept.append(batch.take(rows[first:last] - start))
-        n_waiting += last - first
-        start += len(batch)
-        if n_waiting >= batch_size or start == n_cells:
-            cells = CellBatch.concatenate(kept)
-            n_whole = n_waiting if start == n_cells else n_waiting // batch_size * batch_size
-            for i in range(0, n_whole, batch_size):
-                yield cells.take(np.arange(i, min(i + batch_size, n_whole)))
-            kept, n_waiting = [cells.take(np.arange(n_whole, n_waiting))], n_waiting - n_whole
+    if n_kept == n_cells:
+        yield from shards.batches(split, batch_size)
+        return
+    n_batches = -(-n_kept // batch_size)
+    for i in range(n_batches):
+        skipped = (n_cells - n_kept) * i // max(n_batches - 1, 1)
+        size = min(batch_size, n_kept - i * batch_size)
+        yield next(shards.batches(split, size, start=i * batch_size + skipped))
 
 
 def _inputs(model: CellModel, batch: CellBatch, seed: int, device: torch.device) -> Inputs:

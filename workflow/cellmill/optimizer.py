@@ -36,10 +36,10 @@ def make_optimizer(model: nn.Module, training: Training) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, training: Training) -> float:
-    """Learning rate of step 0, 1, ..., steps - 1: a line up to the peak, then a cosine down to its final fraction."""
+    """Learning rate of step 0, 1, ..., steps - 1: a line up to the peak, then a cosine that ends after the last step."""
     if step < training.warmup_steps:
         return training.learning_rate * (step + 1) / training.warmup_steps
-    progress = (step - training.warmup_steps) / max(1, training.steps - 1 - training.warmup_steps)
+    progress = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
     floor = training.final_learning_rate_fraction
     return training.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 

@@ -5,7 +5,6 @@ all asked at the same hidden positions.
 """
 
 import time
-from functools import partial
 from pathlib import Path
 
 from cellmill.checkpoints import build_model, load_checkpoint
@@ -18,13 +17,20 @@ from cellmill.shards.dataset import Shards
 
 EVALUATION_SEED = 0
 """Every seed of a model is asked at the same positions, so that intervals over seeds are of training alone."""
-EVALUATED_CELLS = 384
+EVALUATED_CELLS = 8192
+"""At most so many held-out cells are asked, evenly spread."""
+FEW_CELLS = 384
 """Fewer held-out cells than this are asked several times, with other positions hidden each time."""
 MAX_DRAWS = 8
 
 
 def score_pretraining(
-    name: str, checkpoints: list[Path], shards: Shards, statistics: GeneStatistics, provenance: dict
+    name: str,
+    checkpoints: list[Path],
+    shards: Shards,
+    statistics: GeneStatistics,
+    batch_size: int,
+    provenance: dict,
 ) -> list[dict]:
     """Rows for one model: for each seed the trained model, ``NAME.untrained`` and ``NAME.trivial``.
 
@@ -38,32 +44,31 @@ def score_pretraining(
         The corpus, with splits ``train`` and ``validation``.
     statistics
         Those of the corpus.
+    batch_size
+        Cells per forward pass.
     provenance
         Columns of `cellmill.scores.row` that say where the rows come from: run, code_version, commit, config_hash.
 
     Returns
     -------
     list of dict
-        One row per seed, method and metric (``loss``, the sum of the objective's terms, and each term).
+        One row per seed, method and metric (``loss``, the sum of the objective's terms, and each term). The trivial
+        baseline does not depend on the seed: it is measured once and stands beside each.
     """
-    rows = []
-    draws = min(MAX_DRAWS, -(-EVALUATED_CELLS // max(shards.n_cells("validation"), 1)))
-    with Progress(f"held-out loss of {name}", total=3 * len(checkpoints)) as progress:
-        for number, folder in enumerate(checkpoints):
+    where = ("validation", batch_size, EVALUATION_SEED, EVALUATED_CELLS)
+    draws = min(MAX_DRAWS, -(-FEW_CELLS // max(shards.n_cells("validation"), 1)))
+    rows, trivial = [], None
+    with Progress(f"held-out loss of {name}", total=len(checkpoints)) as progress:
+        for number, folder in enumerate(checkpoints, start=1):
             model, meta = load_checkpoint(folder)
-            recipe, seed = ModelRecipe.from_dict(meta["recipe"]), meta["seed"]
-            untrained = build_model(recipe, shards.n_genes, statistics, seed)
-            where = ("validation", recipe.embedding.batch_size, EVALUATION_SEED)
-            methods = {
-                (name, "model"): partial(held_out_losses, model, shards, *where),
-                (f"{name}.untrained", "untrained"): partial(held_out_losses, untrained, shards, *where),
-                (f"{name}.trivial", "baseline"): partial(trivial_held_out, model, shards, "train", *where),
+            untrained = build_model(ModelRecipe.from_dict(meta["recipe"]), shards.n_genes, statistics, meta["seed"])
+            trivial = trivial or _timed(trivial_held_out, model, shards, "train", *where, draws)
+            measured = {
+                (name, "model"): _timed(held_out_losses, model, shards, *where, draws),
+                (f"{name}.untrained", "untrained"): _timed(held_out_losses, untrained, shards, *where, draws),
+                (f"{name}.trivial", "baseline"): trivial,
             }
-            for done, ((method, kind), losses) in enumerate(methods.items(), start=1):
-                started = time.monotonic()
-                values = losses(draws=draws)
-                n = values.pop("cells")
-                seconds = time.monotonic() - started
+            for (method, kind), (losses, seconds) in measured.items():
                 rows += [
                     row(
                         task="pretraining",
@@ -72,18 +77,26 @@ def score_pretraining(
                         model=method,
                         kind=kind,
                         regime="none",
-                        seed=seed,
+                        seed=meta["seed"],
                         metric=metric,
                         value=value,
                         higher_is_better=False,
-                        n=int(n),
+                        n=int(losses["cells"]),
                         seconds=seconds,
                         reason=None,
                         seen="no",
                         checkpoint=meta["weights_sha256"] if kind == "model" else None,
                         **provenance,
                     )
-                    for metric, value in values.items()
+                    for metric, value in losses.items()
+                    if metric != "cells"
                 ]
-                progress.update(3 * number + done, f"{method} seed {seed}: {values['loss']:.4f}")
+            said = ", ".join(f"{kind} {losses['loss']:.4f}" for (_, kind), (losses, _) in measured.items())
+            progress.update(number, f"seed {meta['seed']}: {said}")
     return rows
+
+
+def _timed(function, *arguments) -> tuple[dict[str, float], float]:
+    """What `function` returns, and the seconds that it took."""
+    started = time.monotonic()
+    return function(*arguments), time.monotonic() - started

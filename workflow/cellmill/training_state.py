@@ -105,6 +105,6 @@ def load_state(folder: Path, fingerprint: str) -> tuple[State | None, list[str]]
                 continue
             progress = {key: record[key] for key in ("step", "seconds", "genes", "loader")}
             return State(**progress, tensors=load_file(path / TENSORS), log=pq.read_table(path / LOG)), remarks
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             remarks.append(f"{path} is not used: it is damaged ({error})")
     return None, remarks

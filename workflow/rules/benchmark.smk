@@ -40,7 +40,7 @@ rule score_pretraining:
         "../../envs/train.yaml"
     threads: flow.threads
     params:
-        recipe=flow.recipe,
+        embedding=flow.embedding,
         config_hash=flow.config_hash,
         code=flow.score_pretraining_code,
     script:

@@ -18,6 +18,7 @@ with job(snakemake.log[0]):
         [Path(path).parent for path in snakemake.input.checkpoints],
         shards,
         load_statistics(snakemake.input.statistics, shards.vocabulary_hash),
+        snakemake.params.embedding["batch_size"],
         {
             "run": snakemake.wildcards.run,
             "code_version": snakemake.params.code,

@@ -1,6 +1,6 @@
 """Architectures: one module each, found by name. A module that defines ``MODEL`` (a `CellModel`) is an architecture."""
 
-import importlib
+import importlib.util
 import pkgutil
 from dataclasses import fields, replace
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -24,7 +24,7 @@ def load_architecture(name: str) -> type[CellModel]:
         If there is none of that name, your module cannot be imported, or its ``MODEL`` is no `CellModel`.
     """
     path = name if "." in name else f"{__name__}.{name}"
-    if "." not in name and name not in architectures():
+    if "." not in name and importlib.util.find_spec(path) is None:
         raise CellmillError(
             f"architecture '{name}' is unknown; take one of {', '.join(architectures())}, "
             "or the dotted path of your own module"

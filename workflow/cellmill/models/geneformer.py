@@ -115,19 +115,26 @@ class Geneformer(CellModel):
         self.apply(_initialise)
         medians = torch.full((n_genes,), torch.nan) if statistics is None else statistics.median_nonzero_cp10k.float()
         self.register_buffer("medians", medians.clone())
+        self._median_V: np.ndarray | None = None
+
+    def _medians_on_cpu(self) -> np.ndarray:
+        """float32 [V]; copied once, since a copy from a GPU waits for all the work that it has queued."""
+        if self._median_V is None:
+            self._median_V = self.medians.cpu().numpy().copy()
+            if np.isnan(self._median_V).all():
+                self._median_V = None
+                raise CellmillError(
+                    "this geneformer has no gene medians; build it with the corpus statistics or load a checkpoint"
+                )
+        return self._median_V
 
     def rank_genes(self, cells: CellBatch) -> CellBatch:
         """The genes of each cell by falling count / median, ties by gene id, cut to the longest cell.
 
         The cell's total is a common factor of its values, so it never changes their order and is left out.
         """
-        median_V = self.medians.cpu().numpy()
-        known_V = ~np.isnan(median_V)
-        if not known_V.any():
-            raise CellmillError(
-                "this geneformer has no gene medians; build it with the corpus statistics or load a checkpoint"
-            )
-        cells = views.select(cells, known_V[cells.genes])
+        median_V = self._medians_on_cpu()
+        cells = views.select(cells, ~np.isnan(median_V)[cells.genes])
         order_N = views.argsort_within(cells.offsets, views.descending(cells.counts / median_V[cells.genes]))
         room = self.sizes.max_length - (0 if self.sizes.version == "V1" else 2)
         kept_N, offsets = views.keep_first(cells.offsets, room)
@@ -155,7 +162,8 @@ class Geneformer(CellModel):
         chosen_N = uniform("geneformer target", *keys) < self.sizes.mask_rate
         keys_M = tuple(key[chosen_N] if isinstance(key, np.ndarray) else key for key in keys)
         how_M = uniform("geneformer show", *keys_M)
-        random_M = (hash64("geneformer gene", *keys_M) % np.uint64(self.n_genes)).astype(np.int64) + self.n_specials
+        known_K = np.flatnonzero(~np.isnan(self._medians_on_cpu()))  # a gene that is never a token would betray itself
+        random_M = known_K[hash64("geneformer gene", *keys_M) % np.uint64(len(known_K))] + self.n_specials
         targets_M = ranked.genes[chosen_N] + self.n_specials
         shown_M = np.where(how_M < MASK_SHARE, MASK, np.where(how_M < MASK_SHARE + RANDOM_SHARE, random_M, targets_M))
         tokens_N = ranked.genes + self.n_specials
@@ -205,8 +213,8 @@ class Geneformer(CellModel):
         return (x_BLD * is_gene_BL1).sum(1) / is_gene_BL1.sum(1).clamp(min=1)
 
     def embed_genes(self) -> Tensor:
-        """[V, D], the token embeddings of the genes."""
-        return self.word_embeddings.weight[self.n_specials :].detach().float()
+        """[V, D], the token embeddings of the genes. (The paper reads genes in context, from the states of `encode`.)"""
+        return self.word_embeddings.weight[self.n_specials :].detach().float().clone()
 
     def fit_trivial(self, batches: Iterable[CellBatch]) -> Tensor:
         """[V], log frequency of each gene among the corpus's tokens, add-one smoothed."""
@@ -222,7 +230,7 @@ class Geneformer(CellModel):
 
 
 def _term(total: Tensor, inputs: Inputs) -> LossTerm:
-    return LossTerm(total, torch.tensor(len(inputs["targets"]), device=total.device))
+    return LossTerm(total, torch.full((), len(inputs["targets"]), device=total.device))
 
 
 def _initialise(module: nn.Module) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cellmill import views
 from cellmill.errors import CellmillError
-from cellmill.models.attention import MultiHeadAttention
+from cellmill.models.attention import MultiHeadAttention, key_mask
 from cellmill.models.base import CellModel, GeneStatistics, Inputs, Losses, LossTerm
 from cellmill.randomness import uniform
 from cellmill.shards.batch import CellBatch
@@ -122,7 +122,7 @@ class Scgpt(CellModel):
 
     Sizes = Sizes
     presets: ClassVar[dict[str, Sizes]] = {
-        "demo": Sizes(n_layers=2, width=32, n_heads=2, hidden=32, max_length=301, dropout=0.0, cell_prompt_after=2100),
+        "demo": Sizes(n_layers=2, width=32, n_heads=2, hidden=32, max_length=301, dropout=0.0, cell_prompt_after=1000),
         "whole-human": Sizes(n_layers=12, width=512, n_heads=8, hidden=512, max_length=1200),
     }
     published_genes: ClassVar[dict[str, int]] = {"whole-human": 60694}
@@ -216,6 +216,7 @@ class Scgpt(CellModel):
     def forward(self, inputs: Inputs, *, step: int | None = None) -> Losses:
         """Squared errors of the bins: `gep`, `mvc` and `gep_prompt`.
 
+        The second pass differs from the first in the input of <cls> alone; both see the same dropout of the inputs.
         `gep_prompt` joins after `cell_prompt_after` training steps; validation (step None) always has it, so that its
         total means the same throughout.
         """
@@ -228,7 +229,7 @@ class Scgpt(CellModel):
         )
         h_BLD = self.encode(x_BLD, tokens_BL, generated_BL)
         cls_BD = h_BLD[:, 0]
-        gep_M = self.decoder(h_BLD.flatten(0, 1).index_select(0, positions_M)).squeeze(1)
+        gep_M = self._decode(h_BLD, positions_M)
         # <W q, h> for all hidden genes of a cell: fold W into the cell's state once, not into every gene's query
         query_MD = torch.sigmoid(self.mvc_query(genes_BLD.flatten(0, 1).index_select(0, positions_M)))
         cell_BD = cls_BD @ self.mvc_weight.weight
@@ -237,17 +238,25 @@ class Scgpt(CellModel):
         if step is None or step >= self.sizes.cell_prompt_after:
             x_BLD = torch.cat([cls_BD.detach().unsqueeze(1).to(x_BLD.dtype), x_BLD[:, 1:]], dim=1)
             h_BLD = self.encode(x_BLD, tokens_BL, generated_BL)
-            prompt_M = self.decoder(h_BLD.flatten(0, 1).index_select(0, positions_M)).squeeze(1)
+            prompt_M = self._decode(h_BLD, positions_M)
             losses["gep_prompt"] = _term(prompt_M, targets_M)
         return losses
+
+    def _decode(self, h_BLD: Tensor, positions_M: Tensor) -> Tensor:
+        """float32 [M], bins read from the states; the last product never in bfloat16, whose steps near 50 are 1/4."""
+        hidden_MD = self.decoder[:-1](h_BLD.flatten(0, 1).index_select(0, positions_M))
+        with torch.autocast(h_BLD.device.type, enabled=False):
+            return self.decoder[-1](hidden_MD.float()).squeeze(1)
 
     def embed_cells(self, inputs: Inputs, pooling: str | None = None) -> Tensor:
         """[B, D], the last state of <cls>, of length 1."""
         self.check_pooling(pooling)
         tokens_BL = inputs["tokens"]
         x_BLD = self.gene_norm(self.gene_embedding(tokens_BL)) + self.value_encoder(inputs["values"])
-        h_BLD = self.encode(x_BLD, tokens_BL, torch.zeros_like(tokens_BL, dtype=torch.bool))
-        return F.normalize(h_BLD[:, 0].float(), dim=1)
+        nothing_BL = torch.zeros_like(tokens_BL, dtype=torch.bool)
+        for layer in self.layers:
+            x_BLD = layer(x_BLD, key_mask(tokens_BL != self.pad), nothing_BL)
+        return F.normalize(x_BLD[:, 0].float(), dim=1)
 
     def embed_genes(self) -> Tensor:
         """[V, D], the gene embeddings after their norm."""
@@ -273,7 +282,7 @@ class Scgpt(CellModel):
 
 def _term(predicted_M: Tensor, targets_M: Tensor) -> LossTerm:
     error_M = predicted_M.float() - targets_M
-    return LossTerm(error_M.square().sum(), torch.tensor(len(targets_M), device=targets_M.device))
+    return LossTerm(error_M.square().sum(), torch.full((), len(targets_M), device=targets_M.device))
 
 
 MODEL = Scgpt
