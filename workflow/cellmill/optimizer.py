@@ -36,7 +36,7 @@ def make_optimizer(model: nn.Module, training: Training) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, training: Training) -> float:
-    """Learning rate of step 0, 1, ..., steps - 1: a line up to the peak, then a cosine that ends after the last step."""
+    """Learning rate of step 0, 1, ..., steps - 1: a line up to the peak, then a cosine ending after the last."""
     if step < training.warmup_steps:
         return training.learning_rate * (step + 1) / training.warmup_steps
     progress = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)

@@ -213,7 +213,7 @@ class Geneformer(CellModel):
         return (x_BLD * is_gene_BL1).sum(1) / is_gene_BL1.sum(1).clamp(min=1)
 
     def embed_genes(self) -> Tensor:
-        """[V, D], the token embeddings of the genes. (The paper reads genes in context, from the states of `encode`.)"""
+        """[V, D], the token embeddings of the genes. (The paper reads genes in context: states of `encode`.)"""
         return self.word_embeddings.weight[self.n_specials :].detach().float().clone()
 
     def fit_trivial(self, batches: Iterable[CellBatch]) -> Tensor:
