@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from cellmill.errors import CellmillError
 from cellmill.shards.dataset import Shards
-from cellmill.tasks import load_task, read_embedding, score_embeddings, tasks
+from cellmill.tasks import annotation, load_task, read_embedding, score_embeddings, tasks
 from cellmill.tasks.annotation import Annotation, Settings, agreement, probe_predict
 from cellmill.tasks.controls import labels_embedding, shuffled_embedding
 from cellmill.tasks.data import Target, to_anndata
@@ -137,6 +137,34 @@ def test_what_cannot_be_scored_is_a_row_with_a_reason(cells, labels):
         (None, "the embedding of 1 of 1922 cells holds NaN or infinity")
     }
     assert len(rows) == 32
+
+
+def test_a_mean_is_over_the_same_folds_for_every_embedding(labels, target, monkeypatch):
+    """One fold that fails for one embedding leaves it without a mean, not with a mean over the others."""
+    seen = []
+
+    def fails_once(labels_S, predicted_S):
+        seen.append(None)
+        if len(seen) == 2:
+            raise ValueError("no such luck")
+        return agreement(labels_S, predicted_S)
+
+    monkeypatch.setattr(annotation, "agreement", fails_once)
+    rows = [r for r in score(labels_embedding(labels, 0), target) if r["regime"] == "zero_shot"]
+    assert [r["value"] for r in rows if r["metric"] == "macro_f1"] == [1.0, None, 1.0, None]
+    assert {r["reason"] for r in rows if r["split"] == "mean"} == {"ValueError: no such luck"}
+
+
+def test_a_fold_that_nobody_can_score_is_not_in_the_mean(cells, labels):
+    obs = cells.obs.copy()
+    obs["cell_type"] = np.where(obs["batch"] == "human1_lib1", "only here", labels)
+    target = Target(obs, "cell_type", "batch", 10, None)
+    x_NE = labels_embedding(obs["cell_type"].to_numpy(), 0)
+    rows = [r for r in score(x_NE, target) if r["regime"] == "zero_shot"]
+    fold, *_, mean = (r for r in rows if r["metric"] == "accuracy")
+    assert (fold["value"], fold["reason"]) == (None, "none of the batch's cell types is in another batch")
+    assert (mean["split"], mean["value"], mean["reason"]) == ("mean", 1.0, None)
+    assert mean["n"] == (target.batches_N != "human1_lib1").sum()
 
 
 def test_missing_columns_and_labels(cells):

@@ -104,6 +104,17 @@ def agreement(labels_S: np.ndarray, predicted_S: np.ndarray) -> dict[str, float]
     }
 
 
+def _fault(labels_T: np.ndarray, test_N: np.ndarray) -> str | None:
+    """Why a fold cannot be scored, whatever the embedding; None where it can."""
+    if not len(labels_T):
+        return "there is only one batch, so none can be left out"
+    if len(np.unique(labels_T)) < 2:
+        return "the other batches hold fewer than two cell types"
+    if not test_N.any():
+        return "none of the batch's cell types is in another batch"
+    return None
+
+
 class Annotation(Task):
     """kNN (zero_shot) and a linear probe (linear_probe), leaving one batch out at a time."""
 
@@ -119,11 +130,15 @@ class Annotation(Task):
         import sklearn.neighbors  # noqa: F401
 
     def score(self, x_NE: np.ndarray, target: Target, seed: int) -> list[dict]:
-        """See `Task.score`. Splits: ``leave_out:BATCH`` for each batch, and ``mean`` over those that have a value."""
+        """See `Task.score`. Splits: ``leave_out:BATCH`` for each batch, and ``mean``.
+
+        The mean is over the folds that the data allow, the same for every embedding. Where one of these has no value,
+        the mean has none either: embeddings must not be ranked by means over different folds.
+        """
         rows = []
         names = tuple(self.metrics)
         for regime in self.regimes:
-            folds = []
+            folds, asked = [], []
             for batch in np.unique(target.batches_N):
                 train_N = target.batches_N != batch
                 # a type that no training batch holds cannot be named by anyone: its cells are not asked for
@@ -138,20 +153,18 @@ class Annotation(Task):
                     n=int(test_N.sum()),
                 )
                 folds += fold
+                if not _fault(target.labels_N[train_N], test_N):
+                    asked += fold
             rows += folds
             for metric in names:
-                rows.append(self._mean([row for row in folds if row["metric"] == metric]))
+                rows.append(self._mean(*([row for row in part if row["metric"] == metric] for part in (folds, asked))))
         return rows
 
     def _fold(self, x_NE, target, train_N, test_N, regime, seed) -> dict[str, float]:
         check_finite(x_NE)
-        if not train_N.any():
-            raise NotPossible("there is only one batch, so none can be left out")
         labels_T = target.labels_N[train_N]
-        if len(np.unique(labels_T)) < 2:
-            raise NotPossible("the other batches hold fewer than two cell types")
-        if not test_N.any():
-            raise NotPossible("none of the batch's cell types is in another batch")
+        if fault := _fault(labels_T, test_N):
+            raise NotPossible(fault)
         if regime == "zero_shot":
             predicted = knn_predict(
                 x_NE[train_N], labels_T, x_NE[test_N], self.settings.neighbors, self.settings.distance
@@ -167,15 +180,15 @@ class Annotation(Task):
             )
         return agreement(target.labels_N[test_N], predicted)
 
-    def _mean(self, folds: list[dict]) -> dict:
-        """The mean row of one metric over the folds that have a value."""
-        valued = [row for row in folds if row["value"] is not None]
+    def _mean(self, folds: list[dict], asked: list[dict]) -> dict:
+        """The mean row of one metric over the folds `asked`; null where there are none or one of them has no value."""
+        reasons = [row["reason"] for row in asked or folds if row["value"] is None]
         return folds[0] | {
             "split": "mean",
-            "value": float(np.mean([row["value"] for row in valued])) if valued else None,
-            "n": sum(row["n"] for row in valued),
+            "value": None if reasons else float(np.mean([row["value"] for row in asked])),
+            "n": sum(row["n"] for row in asked),
             "seconds": sum(row["seconds"] for row in folds),
-            "reason": None if valued else folds[0]["reason"],
+            "reason": reasons[0] if reasons else None,
         }
 
 
