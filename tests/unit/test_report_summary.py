@@ -7,6 +7,7 @@ from cellmill.errors import CellmillError
 from cellmill.report.summary import (
     NOT_SHOWN,
     NOT_TESTED,
+    PRIMARY,
     SHOWN,
     Interval,
     compare,
@@ -144,7 +145,19 @@ def test_headline_of_one_seed_tests_nothing():
     said = str(headline(summarise(table(methods, seeds=(0,))), "annotation", "d"))
     assert "0.900, 1 seed)" in said
     assert "with a single seed the difference is not tested" in said
-    assert "above its untrained twin, untested" in said
+    assert "It is better than its untrained twin, untested" in said
+
+
+def test_headline_of_one_seed_where_lower_is_better():
+    methods = {"net": ("model", [5.0]), "net.untrained": ("untrained", [9.0])}
+    summary = summarise(table(methods, metric="loss", task="pretraining", higher=False, seeds=(0,)))
+    assert "It is better than its untrained twin, untested" in str(headline(summary, "pretraining", "d"))
+
+
+def test_integration_is_shown_by_its_total():
+    scores = table({"net": ("model", [0.5] * 3)}, metric="total").assign(task="integration", split="all")
+    rows = pd.concat([scores.assign(metric="bio"), scores])
+    assert primary(summarise(rows), "integration", "d") == PRIMARY["integration"]
 
 
 def test_headline_of_nulls_gives_the_reason():

@@ -23,7 +23,7 @@ TRACES = ["code_version", "commit", "config_hash", "checkpoint"]
 # The metric that a task is first shown by, and read for the headline: regime, split, metric.
 PRIMARY = {
     "annotation": ("zero_shot", "mean", "macro_f1"),
-    "integration": ("zero_shot", "mean", "total"),
+    "integration": ("zero_shot", "all", "total"),
     "pretraining": ("none", "validation", "loss"),
 }
 SHOWN, NOT_SHOWN, NOT_TESTED = "difference shown", "no difference shown", "not tested"
@@ -173,7 +173,8 @@ METRICS = {
     "macro_f1": "macro-F1",
     "weighted_f1": "weighted F1",
     "total": "scIB total",
-    "bio_conservation": "bio conservation",
+    "bio": "bio conservation",
+    "batch": "batch correction",
     "avg_bio": "AvgBIO",
     "avg_batch": "AvgBATCH",
     "loss": "loss",
@@ -272,7 +273,7 @@ def _against_twin(model, ranked: pd.DataFrame) -> str:
     said = {
         SHOWN: f"Pretraining {'improves it over' if better else 'leaves it worse than'} its untrained twin",
         NOT_SHOWN: "No difference is shown between it and its untrained twin",
-        NOT_TESTED: f"It is {'above' if model['mean'] > twin['mean'] else 'not above'} its untrained twin, untested",
+        NOT_TESTED: f"It is {'better' if better else 'no better'} than its untrained twin, untested",
     }[compare(row_of(model), row_of(twin))]
     return f"{said} ({_measured(twin)})."
 
