@@ -7,6 +7,7 @@ Legend: N cells, E width of an embedding, K neighbours, P principal components o
 """
 
 import os
+import platform
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -138,7 +139,11 @@ def _diffusion_map(graph: sparse.csr_matrix, n_components: int = 100) -> np.ndar
 
 
 def start_jax(cache: Path | None) -> None:
-    """Load what scoring needs: JAX's sums in one thread, its compiled programs kept in the folder `cache`."""
+    """Load what scoring needs: JAX's sums in one thread, its compiled programs kept under the folder `cache`.
+
+    Each machine has a folder of its own there: compiled programs are for one kind of processor, and the nodes of a
+    cluster share the folder.
+    """
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     import jax
     import numba
@@ -148,7 +153,7 @@ def start_jax(cache: Path | None) -> None:
 
     numba.set_num_threads(1)
     if cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(cache / platform.node()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
