@@ -30,7 +30,7 @@ def real_cells(data: Path, name: str, first_joinid: int = 0) -> tuple[CellBatch,
     obs = {name: ["unknown"] * len(cells) for name in (*OBS_STRINGS, "library")}
     obs |= {name: adata.obs[source].astype(str).tolist() for name, source in known.items() if source in adata.obs}
     obs["dataset_id"] = [name] * len(cells)
-    obs["n_measured_genes"] = cells.lengths
+    obs["n_measured_genes"] = np.full(len(cells), adata.n_vars, np.int32)
     return cells, pa.table(obs)
 
 
@@ -49,7 +49,7 @@ def write_shards(folder: Path, splits: dict, *, n_genes: int, cells_per_shard: i
         folder,
         organism="homo_sapiens",
         census={"path": "tests"},
-        selection={},
+        selection={"quality": {"primary_only": True}},
         vocabulary_hash=HASH,
         n_genes=n_genes,
         splits=written,

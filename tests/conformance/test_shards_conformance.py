@@ -13,6 +13,8 @@ from cellmill.shards.format import encode_cells
 from shard_cells import real_cells, write_shards
 
 READER = Path(__file__).with_name("reader.py")
+MEASURED = {"train": 20_125, "validation": 28_204}
+"""Genes of the data set that the cells of a split come from."""
 spec = importlib.util.spec_from_file_location("conformance_reader", READER)
 reader = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(reader)
@@ -45,6 +47,7 @@ def test_both_readers_agree(folder, split):
     assert np.concatenate([np.array(g, np.int64) for g in genes]).tolist() == cells.genes.tolist()
     assert np.concatenate([np.array(c, np.int64) for c in counts]).tolist() == cells.counts.tolist()
     assert max(map(max, counts)) > 255
+    assert {row["n_measured_genes"] for row in rows} == {MEASURED[split]}
 
 
 def test_example_of_the_page():
