@@ -14,9 +14,9 @@ from snakemake.utils import min_version
 
 from cellmill.config import check_names, check_paths, load
 from cellmill.errors import CellmillError
-from cellmill.flow import Flow, one_of, point_environments_here, project_root
+from cellmill.flow import Flow, one_of, point_environments_here
 from cellmill.job import ERROR_PREFIX, said_errors
-from cellmill.provenance import code_version
+from cellmill.provenance import PROJECT, code_version
 
 min_version("9.27")
 
@@ -28,7 +28,7 @@ if not workflow.configfiles:
 
 
 try:
-    run = load(config, project_root())
+    run = load(config, PROJECT)
     if workflow.is_main_process:
         check_paths(run)
         check_names(run)

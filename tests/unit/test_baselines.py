@@ -3,11 +3,12 @@ import numpy as np
 import pytest
 import scanpy
 from cellmill.errors import CellmillError
+from cellmill.methods import CONTROLS
 from cellmill.shards.dataset import Shards
 from cellmill.tasks import baselines
 from cellmill.tasks.annotation import Annotation, Settings
 from cellmill.tasks.baselines import BASELINES, embed_baseline, variable_genes
-from cellmill.tasks.controls import CONTROLS, embed_control
+from cellmill.tasks.controls import embed_control
 from cellmill.tasks.data import log1p_cp10k
 from shard_cells import real_cells, write_shards
 from task_cells import baron, target_of, values

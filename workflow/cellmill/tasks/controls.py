@@ -6,11 +6,10 @@ Legend: N cells, L labels, E width.
 import numpy as np
 
 from cellmill.errors import CellmillError
+from cellmill.methods import CONTROLS
 from cellmill.randomness import uniform
 from cellmill.shards.dataset import Shards
 from cellmill.tasks.data import column
-
-CONTROLS = ("labels", "shuffled")
 
 _JITTER = 1e-3
 _ANGLES = 4

@@ -141,7 +141,7 @@ class Target:
 
     @cached_property
     def pca_NP(self) -> np.ndarray:
-        """float32 [N, 50], principal components of log1p(CP10k) over the vocabulary: the data before any integration."""
+        """float32 [N, 50], principal components of log1p(CP10k) over the vocabulary: the data before integration."""
         from cellmill.tasks.baselines import fit_pca
 
         x_NV = log1p_cp10k(self._read_cells(self._keep_M))
