@@ -205,6 +205,17 @@ def test_few_cells_have_no_lisi(cells):
         _Metrics(x, small, Settings(), 0).ilisi()
 
 
+def test_compiled_programs_are_kept_per_machine(tmp_path, monkeypatch):
+    import jax
+
+    monkeypatch.setattr("platform.node", lambda: "node7")
+    try:
+        Integration(Settings(), tmp_path).start()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "node7")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+
+
 def test_every_metric_of_an_aggregate_exists():
     for parts in AGGREGATES.values():
         assert set(parts) <= set(Integration.metrics)
