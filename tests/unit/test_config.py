@@ -3,12 +3,15 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
-from cellmill.config import DEMO, Config, check_names, load, parse, read_yaml
+from cellmill.cli import check
+from cellmill.config import DEMO, Config, Dataset, Run, check_names, load, parse, read_yaml
 from cellmill.config_docs import FILES, default_yaml
 from cellmill.errors import CellmillError
+from cellmill.flow import Flow
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,7 +24,7 @@ def test_generated_files_do_not_drift(name):
 def test_drift_is_noticed(tmp_path):
     """The check that `make lint` runs fails when a generated file was edited."""
     code = (
-        "import sys, pathlib, cellmill.config_docs as docs; docs.ROOT = pathlib.Path(sys.argv[1]);"
+        "import sys, pathlib, cellmill.config_docs as docs; docs.PROJECT = pathlib.Path(sys.argv[1]);"
         "sys.argv = ['config_docs', '--check']; raise SystemExit(docs.main())"
     )
     for name in FILES:
@@ -52,6 +55,12 @@ BAD = {
     "wrong type": ({"seeds": "many"}, "'seeds' is 'many'"),
     "out of bounds": ({"corpus": {"quality": {"max_mito_fraction": 2}}}, "less than or equal to 1"),
     "no seed": ({"seeds": []}, "'seeds' is []"),
+    "negative seed": ({"seeds": [-1]}, "'seeds.0' is -1"),
+    "seed twice": ({"seeds": [0, 1, 0]}, "'seeds' is [0, 1, 0]: value error, 0 is named twice"),
+    "baseline twice": ({"baselines": ["harmony", "harmony"]}, "harmony is named twice"),
+    "task twice": ({"tasks": ["annotation", "annotation"]}, "named twice"),
+    "suspension type": ({"corpus": {"quality": {"suspension_types": ["cells"]}}}, "'cell', 'nucleus' or 'na'"),
+    "no validation": ({"corpus": {"splits": {"validation_fraction": 0}}}, "greater than 0"),
     "no path": ({"census": {"source": "local"}}, "needs census.path"),
     "unknown source": ({"census": {"source": "cloud"}}, "'census.source' is 'cloud'"),
     "unknown model": ({"models": ["gpt-9"]}, "model 'gpt-9' is unknown"),
@@ -70,6 +79,39 @@ def test_a_wrong_config_ends_in_one_sentence(content, said):
         check_names(load(content, ROOT))
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_threshold_of_a_benchmark_leaves_its_other_defaults():
+    dataset = parse(Config, {"datasets": {"x": {"include": {}, "quality": {"min_genes": 7}}}}, "it").datasets["x"]
+    assert dataset.quality == Dataset(include={}).quality.model_copy(update={"min_genes": 7})
+    assert (dataset.quality.min_counts, dataset.quality.max_mito_fraction) == (1, 1.0)
+    assert dataset.quality.suspension_types == []
+
+
+def test_tasks_without_data_sets_are_warned_of(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("tasks: [annotation]\n")
+    check(path)
+    assert "warning: tasks annotation score nothing" in capsys.readouterr().out
+    path.write_text("tasks: []\n")
+    check(path)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_what_changes_no_cell_reruns_no_reading():
+    """Buffers, gene table and extra columns are no parameters of planning, nor the seed of a benchmark's shards."""
+    changed = DEMO.model_copy(
+        update={
+            "census": DEMO.census.model_copy(update={"buffer_mb": 64, "gene_table": "x.csv", "extra_obs": []}),
+            "corpus": DEMO.corpus.model_copy(update={"shuffle_seed": 5}),
+        }
+    )
+    before, after = (Flow(Run(config=config, models={}, tasks={})) for config in (DEMO, changed))
+    for cells, same in (("corpus", False), ("baron_pancreas", True)):
+        wildcards = SimpleNamespace(cells=cells)
+        assert before.opened_census(wildcards) == after.opened_census(wildcards)
+        assert before.selection(wildcards) == after.selection(wildcards)
+        assert (before.shuffle_seed(wildcards) == after.shuffle_seed(wildcards)) == same
 
 
 MODEL = {"architecture": "geneformer", "preset": "demo"}

