@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiledbsoma as soma
-from cellmill.config import Quality
+from cellmill.config import Quality, Splits
 from cellmill.errors import CellmillError
 from cellmill.shards import assemble, curate
 from cellmill.shards.dataset import Shards
-from cellmill.shards.format import read_shard
+from cellmill.shards.format import ShardWriter, read_shard
 from corpus_runs import PANCREAS, corpus
 
 MITO = Quality(max_mito_fraction=0.1)
@@ -200,6 +200,41 @@ def test_no_cell_left_by_the_mitochondrial_rule(demo_census, tmp_path):
         corpus_runs.mill_corpus(demo_census.soma, tmp_path, selection)
     assert not (tmp_path / "shards").exists()
     assert not (tmp_path / "shards.tmp").exists()
+
+
+def test_a_named_donor_that_the_mitochondrial_rule_empties(demo_census, tmp_path):
+    """The plan cannot know: the shards are refused, and the donor is named."""
+    selection = corpus(
+        include={"donor_id": ["H1437", "K562", "A549"]},
+        splits=Splits(validation=["H1437", "K562"]),
+        blocks=1,
+    )
+    corpus_runs.plan(demo_census.soma, tmp_path, selection)
+    corpus_runs.vocabulary(demo_census.soma, tmp_path, selection)
+    corpus_runs.curate(demo_census.soma, tmp_path, 0, selection, tmp_path / "vocabulary.parquet")
+    cells, obs = read_shard(tmp_path / "0.parquet")
+    kept = np.flatnonzero(np.array(obs["donor_id"].to_pylist()) != "K562")
+    with ShardWriter(tmp_path / "0.parquet") as writer:
+        writer.write(cells.take(kept), obs.drop_columns(["soma_joinid", "total_counts", "n_genes"]).take(kept))
+    with pytest.raises(CellmillError, match="the donor 'K562', which has no cell left after quality control"):
+        corpus_runs.join(tmp_path, 1, tmp_path / "vocabulary.parquet")
+
+
+def test_extra_columns_that_the_census_lacks(demo_census, tmp_path, milled):
+    with pytest.raises(CellmillError, match="census.extra_obs names 'librari', .*; did you mean 'library'"):
+        curate.curate_block(
+            corpus_runs.census_of(demo_census.soma),
+            demo_census.soma,
+            plan=milled / "plan.parquet",
+            block=0,
+            vocabulary=milled / "vocabulary.parquet",
+            organism=corpus_runs.ORGANISM,
+            quality=MITO,
+            extra_obs=["librari"],
+            out=tmp_path / "0.parquet",
+            qc=tmp_path / "0.qc.parquet",
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_assembly_keeps_the_old_shards(milled, tmp_path, monkeypatch):

@@ -60,6 +60,21 @@ def test_rules_split_and_held_out_cells(demo_census, obs, tmp_path):
     assert last.to_dict() == {"baron_pancreas": 0} | kept["dataset_id"].astype(str).value_counts().to_dict()
 
 
+def test_histograms_hold_kept_and_removed_cells(demo_census, obs, tmp_path):
+    summary = corpus_runs.plan(demo_census.soma, tmp_path, corpus(quality=STRICT))
+    edges = np.array(summary["histograms"]["edges"])
+    blood = obs[obs["dataset_id"] == "celltypist_blood"]
+    too_few = blood["raw_sum"] < STRICT.min_counts
+    kept = ~too_few & (blood["nnz"] >= STRICT.min_genes)
+    for name, outcomes in summary["histograms"]["datasets"]["celltypist_blood"].items():
+        for outcome, mask in (("kept", kept), ("min_counts", too_few), ("min_genes", ~too_few & ~kept)):
+            expected = np.histogram(blood.loc[mask, name], edges)[0]
+            assert outcomes[outcome] == {str(place): n for place, n in enumerate(expected) if n}
+    pancreas = summary["histograms"]["datasets"]["baron_pancreas"]["nnz"]
+    assert list(pancreas) == ["held_out"]
+    assert sum(pancreas["held_out"].values()) == 1937
+
+
 def test_blocks_are_ranges_of_about_equal_nonzeros(demo_census, tmp_path):
     summary = corpus_runs.plan(demo_census.soma, tmp_path, corpus(blocks=5))
     plan = read(tmp_path)
@@ -113,8 +128,8 @@ def test_the_plan_does_not_depend_on_how_obs_is_streamed(obs, tmp_path):
     plans = []
     for rows in (len(obs), 97):
         passed = tmp_path / f"{rows}.passed"
-        units, counts = _scan(SlicedObs(obs, rows), None, STRICT, frozenset(["baron_pancreas"]), passed)
-        assert counts["celltypist_blood"].sum() == 559
+        units, histograms = _scan(SlicedObs(obs, rows), None, STRICT, frozenset(["baron_pancreas"]), passed)
+        assert histograms["celltypist_blood"].sum(axis=(1, 2)).tolist() == [559, 559]
         cells_U, nonzeros = np.array([cells for cells, _ in units.values()]), sum(n for _, n in units.values())
         splits_U = _splits(list(units), cells_U, corpus(), frozenset(["baron_pancreas"]))
         _write_plan(passed, tmp_path / f"{rows}.parquet", list(units), splits_U, 4, nonzeros)
@@ -169,7 +184,10 @@ def test_exclude_drops_terms(demo_census, obs, tmp_path):
         (corpus(quality=Quality(min_counts=10**9)), r"no cell is left.*of 3,057 .*held_out removed 1,937, min_counts"),
         (corpus(splits=Splits(validation=["K526"])), r"the donor 'K526', which no selected cell has.*'K562'"),
         (corpus(splits=Splits(validation=["human1"])), r"the donor 'human1', which no selected cell has"),
-        (corpus(splits=Splits(validation_fraction=0.0)), "no cell is left for validation among 8 donors"),
+        (
+            corpus(quality=Quality(min_counts=4_000_000)),
+            r"the donor '(H1437|K562)', which has no cell left after quality control",
+        ),
         (
             corpus(include={"donor_id": ["K562"]}, splits=Splits(validation=["K562"])),
             "no cell is left to train on: all 1 donors are held out",

@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.sparse as sp
 from cellmill import scores
+from cellmill.census.plan import EDGES
 from cellmill.config import DEMO
 from cellmill.errors import CellmillError
 from cellmill.qc import TABLE_SCHEMA
+from cellmill.report.inputs import read_histograms
 from cellmill.report.page import write_report
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.format import OBS_STRINGS, ShardWriter
@@ -51,6 +53,7 @@ def write_shards(folder: Path, splits: dict[str, anndata.AnnData], vocabulary: V
         own = {
             "dataset_id": adata.obs["dataset_id"],
             "cell_type": adata.obs["cell_type"],
+            "author_cell_type": adata.obs["cell_type"],
             "library": adata.obs["batch"],
         }
         columns = constant | {name: pa.array(values.astype(str)) for name, values in own.items()}
@@ -119,8 +122,8 @@ def score_rows(seeds, methods=METHODS, datasets=("baron_pancreas",)) -> list[dic
                             add("annotation", dataset, split, model, kind, regime, seed, metric, value)
                 for metric in (
                     "total",
-                    "bio_conservation",
-                    "batch_correction",
+                    "bio",
+                    "batch",
                     "kbet",
                     "nmi",
                     "ari",
@@ -224,7 +227,7 @@ def make_run(root: Path, data: Path, *, seeds=(0, 1, 2), n_cells=300, methods=ME
             path.parent.mkdir(parents=True)
             pq.write_table(training_log(seed), path)
             logs.append(path)
-    qc, qc_cells = [], []
+    qc, plans, qc_cells = [], [], []
     rng = np.random.default_rng(0)
     for name, datasets in {"corpus": ("li_cell_lines", "blood"), "baron_pancreas": ("baron_pancreas",)}.items():
         folder = root / "selections" / name
@@ -244,7 +247,6 @@ def make_run(root: Path, data: Path, *, seeds=(0, 1, 2), n_cells=300, methods=ME
                 rows.append({"dataset_id": dataset, "rule": rule, "removed": removed, "remaining": remaining})
         pq.write_table(pa.Table.from_pylist(rows, TABLE_SCHEMA), folder / "qc.parquet")
         counts = np.exp(rng.normal(8.3, 0.8, 1500))
-        removed = np.where(counts < 500, "min_counts", None)
         cells = {
             "soma_joinid": np.arange(1500),
             "dataset_id": ["blood"] * 1500,
@@ -252,11 +254,22 @@ def make_run(root: Path, data: Path, *, seeds=(0, 1, 2), n_cells=300, methods=ME
             "nnz": (counts**0.85).astype(int),
         }
         mito = rng.beta(2, 40, 1500) if name == "corpus" else np.full(1500, np.nan)  # Baron has no mitochondrial genes
-        pq.write_table(
-            pa.table(cells | {"mito_fraction": mito, "removed_by": pa.array(removed)}),
-            folder / "qc_cells.parquet",
+        table = pa.table(
+            cells | {"mito_fraction": mito, "removed_by": pa.array(np.where(mito > 0.1, "max_mito_fraction", None))}
         )
+        passes = cells["raw_sum"] >= 500
+        pq.write_table(table.filter(passes), folder / "qc_cells.parquet")
+        histograms = {
+            quantity: {
+                outcome: {str(i): int(n) for i, n in enumerate(np.histogram(cells[quantity][mask], EDGES)[0]) if n}
+                for outcome, mask in (("min_counts", ~passes), ("kept", passes))
+            }
+            for quantity in ("raw_sum", "nnz")
+        }
+        planned = {"histograms": {"edges": EDGES.tolist(), "datasets": {"blood": histograms}}}
+        (folder / "plan.json").write_text(json.dumps(planned))
         qc.append(folder / "qc.parquet")
+        plans.append(folder / "plan.json")
         qc_cells.append(folder / "qc_cells.parquet")
     mapping = {"dataset_id": ["blood"] * 4, "gene": list("ABCD"), "feature_id": ["ENSG1", "ENSG2", None, None]}
     pq.write_table(
@@ -287,6 +300,7 @@ def make_run(root: Path, data: Path, *, seeds=(0, 1, 2), n_cells=300, methods=ME
         "scores": root / "scores.parquet",
         "logs": logs,
         "qc": qc,
+        "plans": plans,
         "qc_cells": qc_cells,
         "embeddings": embeddings,
         "shards": {"corpus": root / "shards/corpus", "baron_pancreas": root / "shards/baron_pancreas"},
@@ -357,7 +371,7 @@ def bare(run, tmp_path):
 
     def page(rows: list[dict], **changes) -> Page:
         scores.write(rows, tmp_path / "scores.parquet")
-        nothing = {name: [] for name in ("logs", "qc", "qc_cells", "embeddings", "timings")}
+        nothing = {name: [] for name in ("logs", "qc", "plans", "qc_cells", "embeddings", "timings")}
         rest = {
             "scores": tmp_path / "scores.parquet",
             "out": tmp_path / "index.html",
@@ -368,6 +382,27 @@ def bare(run, tmp_path):
         return written(run[0] | nothing | rest | changes)
 
     return page
+
+
+def test_histograms_show_removed_cells(run):
+    """Below the threshold stand the cells that the plan removed; those of the mitochondrial rule have moved."""
+    arguments, _ = run
+    plan, path = arguments["plans"][0], arguments["qc_cells"][0]
+    rows = read_histograms(plan, path, {"min_counts": 500})
+    mito = pq.read_table(path).to_pandas()["removed_by"].notna().sum()
+    planned = json.loads(plan.read_text())["histograms"]["datasets"]["blood"]
+    low = sum(planned["raw_sum"]["min_counts"].values())
+    assert min(low, mito) > 0
+    for quantity in ("raw_sum", "nnz"):
+        cells = {part: sum(r["count"] for r in rows[quantity] if r.get("part") == part) for part in ("kept", "removed")}
+        assert cells == {"kept": 1500 - low - mito, "removed": low + mito}
+    below = [row for row in rows["raw_sum"] if row.get("x1", 1e9) < 500]
+    assert below
+    assert {row["part"] for row in below} == {"removed"}
+    assert sum(row["count"] for row in rows["mito_fraction"] if row.get("part")) == 1500 - low
+    plan.with_name("old.json").write_text("{}")
+    with pytest.raises(CellmillError, match=r"old.json holds no histograms"):
+        read_histograms(plan.with_name("old.json"), path, {})
 
 
 def test_page_loads_nothing(run):

@@ -45,7 +45,13 @@ def test_a_small_share_is_at_least_one_unit_with_cells():
     chosen = validation_units(few, Splits(validation_fraction=0.01))
     assert len(chosen) == 1
     assert ("x", "a") not in chosen
-    assert validation_units(few, Splits(validation_fraction=0.0)) == set()
+
+
+def test_a_named_unit_without_cells_is_an_error():
+    few = {("x", "a"): 0, ("x", "b"): 3, ("y", "b"): 0}
+    assert validation_units(few, Splits(validation=["b"])) == {("x", "b"), ("y", "b")}
+    with pytest.raises(CellmillError, match="the donor 'a', which has no cell left after quality control"):
+        validation_units(few, Splits(validation=["b", "a"]))
 
 
 def test_empty_splits_are_errors():

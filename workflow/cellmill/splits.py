@@ -22,7 +22,7 @@ def validation_units(cells: dict[tuple[str, ...], int], splits: Splits) -> set[t
 
     Where `splits.validation` names units, all that bear one of the names (their last part) are held out. Elsewhere
     the units with cells are ordered by the SHA-256 of their names and the first `validation_fraction` of them,
-    rounded, but at least one where the fraction is above 0, are held out: the choice depends on the names alone.
+    rounded, but at least one, are held out: the choice depends on the names alone.
 
     Parameters
     ----------
@@ -34,10 +34,11 @@ def validation_units(cells: dict[tuple[str, ...], int], splits: Splits) -> set[t
     Raises
     ------
     CellmillError
-        A name is that of no unit.
+        A name is that of no unit, or of units that lost all their cells to quality control.
     """
     if splits.validation:
         names = {unit[-1] for unit in cells}
+        kept = {unit[-1] for unit, n in cells.items() if n}
         for name in splits.validation:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or sorted(names)[:3]
@@ -45,12 +46,20 @@ def validation_units(cells: dict[tuple[str, ...], int], splits: Splits) -> set[t
                     f"corpus.splits.validation names the {splits.unit} '{name}', which no selected cell has; "
                     f"near names are {', '.join(repr(n) for n in near)}"
                 )
+            check_kept(name, kept, splits)
         return {unit for unit in cells if unit[-1] in splits.validation}
-    if splits.validation_fraction == 0:
-        return set()
     units = [unit for unit, n in cells.items() if n]
     units.sort(key=lambda unit: hashlib.sha256("\0".join(unit).encode()).digest())
     return set(units[: max(1, round(splits.validation_fraction * len(units)))])
+
+
+def check_kept(name: str, kept: set[str], splits: Splits) -> None:
+    """Raise `CellmillError` where a unit that is held out by name is not among those with cells (`kept`)."""
+    if name not in kept:
+        raise CellmillError(
+            f"corpus.splits.validation names the {splits.unit} '{name}', which has no cell left after quality control; "
+            "leave it out, or relax corpus.quality"
+        )
 
 
 def check_not_empty(cells: dict[str, int], splits: Splits, n_units: int) -> None:
@@ -68,7 +77,7 @@ def check_not_empty(cells: dict[str, int], splits: Splits, n_units: int) -> None
     if not cells.get(VALIDATION):
         raise CellmillError(
             f"no cell is left for validation among {n_units} {splits.unit}s; name units in corpus.splits.validation "
-            "that pass quality control, or set corpus.splits.validation_fraction above 0"
+            "or relax corpus.quality"
         )
     if not cells.get(TRAIN):
         raise CellmillError(

@@ -12,6 +12,7 @@ with job(snakemake.log[0]):
         scores=Path(snakemake.input.scores),
         logs=[Path(path) for path in snakemake.input.logs],
         qc=[Path(path) for path in snakemake.input.qc],
+        plans=[Path(path) for path in snakemake.input.plans],
         qc_cells=[Path(path) for path in snakemake.input.qc_cells],
         embeddings=[Path(path) for path in snakemake.input.embeddings],
         shards=dict(zip(names, map(Path, snakemake.input.shards), strict=True)),

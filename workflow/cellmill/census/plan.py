@@ -4,7 +4,8 @@ A selection is the corpus or one benchmark data set. One pass streams obs throug
 `cellmill.qc`; a second one, over the joinids that are left, assigns splits (`cellmill.splits`) and blocks. Neither
 holds more than a table of obs (and the list of donors) at a time, whatever the size of the Census.
 
-Legend: B cells of one table, U units (pairs of dataset_id and donor_id), D data sets.
+Legend: B cells of one table, U units (pairs of dataset_id and donor_id), D data sets, Q quantities of `QUANTITIES`,
+R outcomes (the rules of `cellmill.qc`, then kept), E bins of a histogram.
 """
 
 import json
@@ -31,6 +32,9 @@ SCHEMA = pa.schema(
     ]
 )
 ROW_GROUP = 1 << 20
+QUANTITIES = ("raw_sum", "nnz")
+EDGES = np.round(10 ** (np.arange(7 * 12 + 1) / 12), 6)
+"""Edges of the histograms of `QUANTITIES`, twelve bins a decade; the outer bins also hold what lies beyond them."""
 BYTES_PER_NONZERO = 1.2
 """Of shards, predicted from the nonzeros of all genes; see the measurement in docs/log.md."""
 _PASSED = pa.schema([("soma_joinid", pa.int64()), ("unit", pa.int32()), ("nnz", pa.int64())])
@@ -65,7 +69,8 @@ def plan_cells(
     plan
         Parquet with the columns of `SCHEMA`, in the order of the joinids.
     summary
-        JSON: cells, nonzeros, predicted bytes, splits, blocks, data sets, removed cells, filter, Census.
+        JSON: cells, nonzeros, predicted bytes, splits, blocks, data sets, removed cells, filter, Census, and histograms
+        of the depth and genes of all selected cells.
 
     Returns
     -------
@@ -93,8 +98,9 @@ def plan_cells(
             }
             description = _describe(census, collection)
             everything = frozenset(dataset_id for counts in held_out.values() for dataset_id in counts)
-            units, counts = _scan(obs, condition, selection.quality, everything, passed)
+            units, histograms = _scan(obs, condition, selection.quality, everything, passed)
 
+        counts = {dataset_id: cells_QRE[0].sum(axis=1) for dataset_id, cells_QRE in histograms.items()}
         if not counts:
             raise CellmillError(
                 f"{name}: no cell of the Census passes the filter {condition}; every term occurs, but no cell has all "
@@ -128,6 +134,8 @@ def plan_cells(
         "datasets": {dataset_id: int(removed[-1]) for dataset_id, removed in sorted(counts.items()) if removed[-1]},
         "held_out": held_out,
         "qc": rows,
+        "validation": selection.splits.model_dump() if isinstance(selection, Corpus) else None,
+        "histograms": {"edges": EDGES.tolist(), "datasets": _histograms(histograms)},
     }
     with atomic(summary) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -184,19 +192,19 @@ def _dataset_cells(obs, condition: str | None) -> dict[str, int]:
 
 
 def _scan(obs, condition: str | None, quality, held_out: frozenset[str], passed: Path):
-    """Stream obs once: count the removed cells, and write joinid, unit and nnz of those that pass to `passed`.
+    """Stream obs once: bin the kept and removed cells, and write joinid, unit and nnz of the kept ones to `passed`.
 
     Returns
     -------
     units : dict
         For each (dataset_id, donor_id), in order of appearance, the list [cells, nonzeros] that pass.
-    counts : dict
-        For each data set int64 [rules + 1], see `cellmill.qc.table_rows`.
+    histograms : dict
+        For each data set int64 [Q, R, E]: its selected cells by quantity, outcome and bin.
     """
     units: dict[tuple[str, str], list[int]] = {}
     codes: dict[tuple[str, str], int] = {}
-    counts: dict[str, np.ndarray] = {}
-    outcomes = len(qc.OBS_RULES) + 1
+    histograms: dict[str, np.ndarray] = {}
+    outcomes, bins = len(qc.OBS_RULES) + 1, len(EDGES) - 1
     columns = ["soma_joinid", "donor_id", *qc.OBS_COLUMNS]
     with pq.ParquetWriter(passed, _PASSED) as writer:
         # Row-major is the order of the joinids: without it, tables may come in any order.
@@ -204,10 +212,16 @@ def _scan(obs, condition: str | None, quality, held_out: frozenset[str], passed:
             dataset_B, dataset_names = _codes(table["dataset_id"])
             donor_B, donor_names = _codes(table["donor_id"])
             broken_B = qc.first_broken_rule(table, quality, held_out)
-            tally = np.bincount(dataset_B * outcomes + broken_B, minlength=len(dataset_names) * outcomes)
-            for dataset_id, removed in zip(dataset_names, tally.reshape(-1, outcomes), strict=True):
-                if removed.any():
-                    counts[dataset_id] = counts.get(dataset_id, 0) + removed
+            tallies = []
+            for name in QUANTITIES:
+                bin_B = np.clip(np.searchsorted(EDGES, table[name].to_numpy(), side="right") - 1, 0, bins - 1)
+                place_B = (dataset_B * outcomes + broken_B) * bins + bin_B
+                tally = np.bincount(place_B, minlength=len(dataset_names) * outcomes * bins)
+                tallies.append(tally.reshape(-1, outcomes, bins))
+            tally_DQRE = np.stack(tallies, axis=1)
+            for dataset_id, cells_QRE in zip(dataset_names, tally_DQRE, strict=True):
+                if cells_QRE.any():
+                    histograms[dataset_id] = histograms.get(dataset_id, 0) + cells_QRE
 
             pairs, unit_B = np.unique(dataset_B * len(donor_names) + donor_B, return_inverse=True)
             passes_B = broken_B == len(qc.OBS_RULES)
@@ -227,7 +241,22 @@ def _scan(obs, condition: str | None, quality, held_out: frozenset[str], passed:
                     schema=_PASSED,
                 )
             )
-    return units, counts
+    return units, histograms
+
+
+def _histograms(histograms: dict[str, np.ndarray]) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    """By data set, quantity and outcome (a rule, or "kept"): the cells of every bin that has any."""
+    return {
+        dataset_id: {
+            name: {
+                outcome: {str(at): int(cells_E[at]) for at in np.flatnonzero(cells_E)}
+                for outcome, cells_E in zip((*qc.OBS_RULES, "kept"), cells_RE, strict=True)
+                if cells_E.any()
+            }
+            for name, cells_RE in zip(QUANTITIES, cells_QRE, strict=True)
+        }
+        for dataset_id, cells_QRE in sorted(histograms.items())
+    }
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:

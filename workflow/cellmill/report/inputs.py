@@ -21,7 +21,7 @@ from cellmill.report.charts import CATEGORIES, OTHER
 
 UMAP_CELLS = 5000
 CURVE_POINTS = 400
-_BINS_PER_DECADE = 12
+_SHARES = np.linspace(0, 1, 51)
 
 
 def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
@@ -92,10 +92,21 @@ QUANTITIES = {
 """Per-cell QC quantities: title, logarithmic axis, thresholds of `cellmill.config.Quality`."""
 
 
-def read_histograms(path: Path, quality: dict) -> dict[str, list[dict]]:
-    """Histograms by QC quantity, read batch by batch: rows of `charts.histogram`, none where no cell has a value."""
-    edges = {name: _edges(log) for name, (_, log, _) in QUANTITIES.items()}
-    counts = {name: np.zeros((2, len(edges[name]) - 1), int) for name in QUANTITIES}
+def read_histograms(plan: Path, path: Path, quality: dict) -> dict[str, list[dict]]:
+    """Histograms by QC quantity: rows of `charts.histogram`, none where no cell has a value.
+
+    Parameters
+    ----------
+    plan
+        ``plan.json``: raw counts and genes of all selected cells, those that the rules on obs removed too.
+    path
+        ``qc_cells.parquet``, read batch by batch: the mitochondrial share of the cells that passed those rules, and
+        which of them it removed.
+    quality
+        Thresholds of the selection.
+    """
+    edges, counts = _planned(plan)
+    edges["mito_fraction"], counts["mito_fraction"] = _SHARES, np.zeros((2, len(_SHARES) - 1), int)
     try:
         file = pq.ParquetFile(path)
         for batch in file.iter_batches(columns=[*QUANTITIES, "removed_by"]):
@@ -103,9 +114,9 @@ def read_histograms(path: Path, quality: dict) -> dict[str, list[dict]]:
             removed = (cells["removed_by"].notna() & (cells["removed_by"] != "")).to_numpy()
             for name in QUANTITIES:
                 value = cells[name].to_numpy(np.float64)
-                for part, chosen in enumerate((~removed, removed)):
-                    clipped = np.clip(value[chosen & np.isfinite(value)], edges[name][0], edges[name][-1])
-                    counts[name][part] += np.histogram(clipped, edges[name])[0]
+                kept_E, removed_E = (_binned(value[chosen], edges[name]) for chosen in (~removed, removed))
+                # the plan counts a cell that only its mitochondrial share removes as kept
+                counts[name] += [kept_E, removed_E] if name == "mito_fraction" else [-removed_E, removed_E]
     except (OSError, KeyError, pa.ArrowInvalid) as error:
         raise CellmillError(
             f"{path} cannot be read for the QC plots ({_one_line(error)}); delete it and run the workflow again"
@@ -113,8 +124,28 @@ def read_histograms(path: Path, quality: dict) -> dict[str, list[dict]]:
     return {name: _histogram_rows(counts[name], edges[name], QUANTITIES[name], quality) for name in QUANTITIES}
 
 
-def _edges(log: bool) -> np.ndarray:
-    return 10 ** np.arange(0, 7 + 1e-9, 1 / _BINS_PER_DECADE) if log else np.linspace(0, 1, 51)
+def _planned(plan: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Edges [E + 1] and cells int [2, E], kept and removed, of every quantity in the histograms of ``plan.json``."""
+    try:
+        content = json.loads(plan.read_text())["histograms"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CellmillError(
+            f"{plan} holds no histograms for the QC plots ({_one_line(error)}); delete it and run the workflow again"
+        ) from error
+    edges, counts = {}, {}
+    for quantities in content["datasets"].values():
+        for name, outcomes in quantities.items():
+            edges.setdefault(name, np.array(content["edges"]))
+            counts.setdefault(name, np.zeros((2, len(content["edges"]) - 1), int))
+            for outcome, cells in outcomes.items():
+                for place, n in cells.items():
+                    counts[name][int(outcome != "kept"), int(place)] += n
+    return edges, counts
+
+
+def _binned(value: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Cells in each bin; values beyond the edges are in the outer bins, missing ones in none."""
+    return np.histogram(np.clip(value[np.isfinite(value)], edges[0], edges[-1]), edges)[0]
 
 
 def _histogram_rows(counts: np.ndarray, edges: np.ndarray, quantity, quality: dict) -> list[dict]:

@@ -40,6 +40,7 @@ def write_report(
     scores: Path,
     logs: list[Path],
     qc: list[Path],
+    plans: list[Path],
     qc_cells: list[Path],
     embeddings: list[Path],
     shards: dict[str, Path],
@@ -58,8 +59,8 @@ def write_report(
         ``scores.parquet``; ``scores.csv`` is expected beside it, for the page's link.
     logs
         ``pretrain/{model}/seed{seed}/log.parquet``.
-    qc, qc_cells
-        ``selections/{cells}/qc.parquet`` and ``qc_cells.parquet``.
+    qc, plans, qc_cells
+        ``selections/{cells}/qc.parquet``, ``plan.json`` and ``qc_cells.parquet``.
     embeddings
         ``embed/{cells}/{embedder}/seed{seed}.npy``, each with its ``.json``.
     shards
@@ -97,7 +98,7 @@ def write_report(
         "curves": sections.curves(page, inputs.read_logs(logs), results),
         "umaps": sections.umaps(page, embeddings, opened, config),
         "splits": sections.splits(page, opened),
-        "quality": sections.quality(page, qc, qc_cells, config),
+        "quality": sections.quality(page, qc, plans, qc_cells, config),
         "genes": sections.genes(vocabulary, genes_mapping),
         "times": sections.times(page, inputs.read_timings(timings)),
         "provenance": _provenance(opened, config, provenance),

@@ -274,8 +274,9 @@ def splits(page: Figures, opened: dict[str, Shards]) -> dict:
     return {"rows": rows, "figure": page.figure("splits", charts.split_bars(), "splits", rows, height=height)}
 
 
-def quality(page: Figures, qc: list[Path], qc_cells: list[Path], config: dict) -> list[dict]:
+def quality(page: Figures, qc: list[Path], plans: list[Path], qc_cells: list[Path], config: dict) -> list[dict]:
     """Per selection: cells removed by every rule, and the distributions behind them."""
+    planned = {path.parent.name: path for path in plans}
     cells = {path.parent.name: path for path in qc_cells}
     selections = []
     for path in qc:
@@ -283,8 +284,8 @@ def quality(page: Figures, qc: list[Path], qc_cells: list[Path], config: dict) -
         quality = (config["corpus"] if name == "corpus" else config["datasets"][name])["quality"]
         rules, rows = inputs.read_qc(path)
         plots = []
-        if name in cells:
-            for quantity, histogram in inputs.read_histograms(cells[name], quality).items():
+        if name in cells and name in planned:
+            for quantity, histogram in inputs.read_histograms(planned[name], cells[name], quality).items():
                 title, log, _ = inputs.QUANTITIES[quantity]
                 if not histogram:
                     plots.append({"title": title, "figure": None})

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cellmill.config import Splits
 from cellmill.errors import CellmillError
 from cellmill.files import atomic
 from cellmill.qc import MITO_RULE, TABLE_SCHEMA, add_mito_rows, explain_removed
@@ -17,7 +18,7 @@ from cellmill.randomness import hash64
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.format import ShardWriter, read_shard
 from cellmill.shards.manifest import write_manifest
-from cellmill.splits import ALL
+from cellmill.splits import ALL, VALIDATION, check_kept
 from cellmill.vocabulary import Vocabulary
 
 
@@ -67,7 +68,7 @@ def assemble(
     Raises
     ------
     CellmillError
-        No cell is left of the selection or of one of its splits.
+        No cell is left of the selection, of one of its splits, or of a donor or data set that is held out by name.
     """
     content = json.loads(Path(summary).read_text())
     genes = Vocabulary.read(vocabulary)
@@ -88,6 +89,11 @@ def assemble(
                     f"{name}: no cell of split '{split}' is left after quality control: {explain_removed(rows)}; relax "
                     f"{name}.quality.{MITO_RULE} or select more"
                 )
+            if split == VALIDATION:
+                named = Splits(**content["validation"])
+                kept = set(obs[f"{named.unit}_id"].unique().to_pylist())
+                for unit in named.validation:
+                    check_kept(unit, kept, named)
             key = cells.joinids if split == ALL else hash64(seed, "shuffle", cells.joinids)
             order = np.lexsort((cells.joinids, key))
             splits[split] = []
