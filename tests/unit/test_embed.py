@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cellmill.checkpoints import build_model
-from cellmill.embed import embed_shards, write_embedding
+from cellmill.embed import embed_and_write, embed_shards, read_meta, seen, write_embedding
 from cellmill.errors import CellmillError
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.dataset import Shards
@@ -85,6 +85,24 @@ def test_an_unknown_pooling_is_refused(models, whole):
         embed_shards(models["scgpt"], whole, "all", 64, pooling="median", progress=False)
 
 
+class Benchmark:
+    """Shards of one data set, of which only the manifest is asked."""
+
+    def __init__(self, primary_only: bool):
+        self.primary_only = primary_only
+
+    def datasets(self, split: str) -> set[str]:
+        return {"a"}
+
+
+def test_copies_of_cells_may_have_been_seen():
+    assert seen(["a", "b"], Benchmark(True)) == "yes"
+    assert seen(["b"], Benchmark(True)) == "no"
+    assert seen(["b"], Benchmark(True), primary_only=False) == "unknown"
+    assert seen(["b"], Benchmark(False)) == "unknown"
+    assert seen([], Benchmark(False)) == "no"
+
+
 def test_an_embedding_is_written_whole(tmp_path):
     x = np.arange(6, dtype=np.float64).reshape(3, 2)
     write_embedding(tmp_path / "a" / "seed0.npy", x, {"kind": "model"})
@@ -94,3 +112,13 @@ def test_an_embedding_is_written_whole(tmp_path):
     meta = json.loads((tmp_path / "a" / "seed0.json").read_text())
     assert (meta["kind"], meta["cells"], meta["width"]) == ("model", 3, 2)
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["seed0.json", "seed0.npy"]
+
+
+@pytest.mark.parametrize(("trained_on", "seen"), [([], "no"), (["other"], "no"), (["other", "baron_h1"], "yes")])
+def test_what_is_known_of_an_embedding_is_written_beside_it(whole, tmp_path, trained_on, seen):
+    x_CE = np.zeros((len(ROWS), 2), np.float32)
+    about = {"model": "mine", "kind": "model", "seed": 3, "checkpoint": "c0de"}
+    embed_and_write(tmp_path / "seed3.npy", lambda: x_CE, whole, trained_on=trained_on, **about)
+    meta = read_meta(tmp_path / "seed3.npy")
+    assert meta.pop("seconds") >= 0
+    assert meta.items() >= (about | {"seen": seen, "cells": len(ROWS), "width": 2}).items()

@@ -1,6 +1,8 @@
 """Cell embeddings of a trained model, and the files that hold them."""
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -90,8 +92,11 @@ def _check_finite(x_BE: np.ndarray, joinids: np.ndarray, folder: Path) -> None:
         )
 
 
-def seen(trained_on: list[str], shards: Shards, split: str = "all") -> str:
+def seen(trained_on: list[str], shards: Shards, split: str = "all", *, primary_only: bool = True) -> str:
     """Whether cells of a split entered a model's pretraining: "yes" if one of its data sets did, else "no".
+
+    A cell may stand in several data sets, but is primary in one of them at most. Where corpus and split do not both
+    keep primary cells only, copies of a cell may be in either, and the answer is "unknown".
 
     Parameters
     ----------
@@ -99,8 +104,51 @@ def seen(trained_on: list[str], shards: Shards, split: str = "all") -> str:
         dataset_id of every data set of the corpus (``checkpoint.json``, ``datasets``).
     shards, split
         The cells to be embedded.
+    primary_only
+        Whether the corpus holds primary cells only.
     """
-    return "no" if shards.datasets(split).isdisjoint(trained_on) else "yes"
+    if not shards.datasets(split).isdisjoint(trained_on):
+        return "yes"
+    return "no" if not trained_on or (primary_only and shards.primary_only) else "unknown"
+
+
+def embed_and_write(
+    path: Path,
+    embed: Callable[[], np.ndarray],
+    shards: Shards,
+    *,
+    model: str,
+    kind: str,
+    seed: int,
+    trained_on: list[str],
+    primary_only: bool = True,
+    checkpoint: str | None = None,
+) -> None:
+    """Call `embed`, take its time, and write what it gives with what is known of it (`write_embedding`).
+
+    Parameters
+    ----------
+    path
+        Ends in ``.npy``.
+    embed
+        Gives the embedding [cells, E] of the split "all" of `shards`.
+    shards
+        The cells that are embedded.
+    model, kind, seed
+        As in the table of scores (`cellmill.scores`).
+    trained_on
+        dataset_id of every data set that the embedder was fitted to beforehand.
+    primary_only
+        Whether it was fitted to primary cells only.
+    checkpoint
+        Hash of the weights.
+    """
+    started = time.monotonic()
+    x_CE = embed()
+    seconds = time.monotonic() - started
+    about = {"model": model, "kind": kind, "seed": seed, "seconds": seconds}
+    about |= {"seen": seen(trained_on, shards, primary_only=primary_only), "checkpoint": checkpoint}
+    write_embedding(path, x_CE, about)
 
 
 def write_embedding(path: Path, x_CE: np.ndarray, meta: dict) -> None:

@@ -107,6 +107,7 @@ def pretrain(
         "steps": training.steps,
         "recipe": {key: value for key, value in dataclasses.asdict(recipe).items() if key != "embedding"},
         "corpus": {"organism": shards.manifest["organism"], "census": shards.manifest["census"]},
+        "primary_only": shards.primary_only,
         "datasets": sorted(set().union(*(shards.datasets(split) for split in shards.splits))),
         "shards_hash": content_hash(shards.manifest),
     }

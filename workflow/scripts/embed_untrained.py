@@ -1,11 +1,10 @@
 """Embed the cells of a data set with a model's untrained twin: the same architecture and seed, no step of training."""
 
-import time
 from pathlib import Path
 
 from cellmill.checkpoints import build_model
 from cellmill.device import use_threads
-from cellmill.embed import embed_shards, write_embedding
+from cellmill.embed import embed_and_write, embed_shards
 from cellmill.job import job
 from cellmill.recipes import Embedding, ModelRecipe
 from cellmill.shards.dataset import Shards
@@ -18,14 +17,12 @@ with job(snakemake.log[0]):
     seed = int(snakemake.wildcards.seed)
     model = build_model(ModelRecipe.from_dict(snakemake.params.sizes), shards.n_genes, statistics, seed)
     settings = Embedding(**snakemake.params.embedding)
-    started = time.monotonic()
-    x_CE = embed_shards(model, shards, "all", settings.batch_size, settings.pooling)
-    about = {
-        "model": f"{snakemake.wildcards.model}.untrained",
-        "kind": "untrained",
-        "seed": seed,
-        "seconds": time.monotonic() - started,
-        "seen": "no",
-        "checkpoint": None,
-    }
-    write_embedding(Path(snakemake.output.embedding), x_CE, about)
+    embed_and_write(
+        Path(snakemake.output.embedding),
+        lambda: embed_shards(model, shards, "all", settings.batch_size, settings.pooling),
+        shards,
+        model=f"{snakemake.wildcards.model}.untrained",
+        kind="untrained",
+        seed=seed,
+        trained_on=[],
+    )

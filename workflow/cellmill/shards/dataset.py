@@ -38,6 +38,8 @@ class Shards:
         Genes in the vocabulary.
     vocabulary_hash : str
         Hash of the vocabulary that gene ids refer to.
+    primary_only : bool
+        Whether it is known that all cells are primary data.
 
     Raises
     ------
@@ -51,6 +53,7 @@ class Shards:
         self.splits = tuple(self.manifest["splits"])
         self.n_genes: int = self.manifest["vocabulary"]["n_genes"]
         self.vocabulary_hash: str = self.manifest["vocabulary"]["hash"]
+        self.primary_only: bool = self.manifest["selection"].get("quality", {}).get("primary_only", False)
 
     def _shards(self, split: str) -> list[dict]:
         if split not in self.splits:
