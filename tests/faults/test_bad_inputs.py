@@ -299,6 +299,7 @@ def test_truncated_h5ad_in_the_workflow(folder, demo_census, tmp_path):
     workflow.config["census"] |= {"source": "h5ad", "path": str(folder), "gene_table": str(demo_census.genes)}
     (workflow.results / "census").mkdir(parents=True)
     shutil.copytree(demo_census.wheels, workflow.results / "census" / "wheels", copy_function=os.link)
+    (workflow.results / "census" / "wheels").touch()  # a folder older than the script would be fetched again
     shutil.copy(demo_census.genes, workflow.results / "census")
     good = (folder / "b.h5ad").read_bytes()
     truncated(folder / "b.h5ad")
