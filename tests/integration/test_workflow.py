@@ -83,8 +83,9 @@ def test_a_learning_rate_reruns_its_models_branch_and_the_report(changed):
         "write_report": 1,
         "all": 1,
     }
-    listed = changed.run("--dry-run").stderr
-    assert "little-scgpt" in listed
+    ended = changed.run("--dry-run")
+    listed = ended.stdout + ended.stderr
+    assert "model=little-scgpt" in listed
     assert "wildcards: run=tiny, model=little-geneformer" not in listed
 
 
@@ -132,11 +133,13 @@ def test_training_state_is_gone_and_checkpoints_are_traceable(finished):
     assert np.isfinite(embedding).all()
 
 
-def test_a_missing_score_is_made_again_alone(finished):
-    """What is finished is kept: only what depends on the lost file is redone."""
-    path = finished.results / "scores/annotation/baron_pancreas/controls.parquet"
-    kept = path.with_suffix(".kept")
-    shutil.move(path, kept)
+def test_only_what_is_lost_is_made_again(finished):
+    """A part of the score table and what was made of it are gone; all else is kept."""
+    lost = ["scores/annotation/baron_pancreas/controls.parquet", "scores.parquet", "report/index.html"]
+    paths = [finished.results / name for name in lost]
+    for path in paths:
+        shutil.move(path, path.with_suffix(".kept"))
     planned = finished.planned()
-    shutil.move(kept, path)
+    for path in paths:
+        shutil.move(path.with_suffix(".kept"), path)
     assert planned == {"score": 1, "collect_scores": 1, "write_report": 1, "all": 1}
