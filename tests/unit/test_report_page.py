@@ -130,31 +130,10 @@ def score_rows(seeds, methods=METHODS, datasets=("baron_pancreas",)) -> list[dic
                     "avg_bio",
                     "avg_batch",
                 ):
-                    if metric == "kbet" and kind == "untrained":
-                        add(
-                            "integration",
-                            dataset,
-                            "all",
-                            model,
-                            kind,
-                            "zero_shot",
-                            seed,
-                            metric,
-                            None,
-                            reason="kBET needs two batches per label & <3>",
-                        )
-                    else:
-                        add(
-                            "integration",
-                            dataset,
-                            "all",
-                            model,
-                            kind,
-                            "zero_shot",
-                            seed,
-                            metric,
-                            level * 0.7 + spread * rng.normal(),
-                        )
+                    failed = metric == "kbet" and kind == "untrained"
+                    value = None if failed else level * 0.7 + spread * rng.normal()
+                    reason = "kBET needs two batches per label & <3>" if failed else None
+                    add("integration", dataset, "all", model, kind, "zero_shot", seed, metric, value, reason=reason)
         for model in ("scgpt-demo", "geneformer-demo"):
             for kind, name, level in (
                 ("model", model, 5.1),
