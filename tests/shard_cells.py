@@ -6,8 +6,9 @@ import anndata
 import numpy as np
 import pyarrow as pa
 from cellmill.shards.batch import CellBatch
-from cellmill.shards.format import OBS_STRINGS, ROW_GROUP, ShardWriter
+from cellmill.shards.format import OBS_STRINGS, ROW_GROUP
 from cellmill.shards.manifest import write_manifest
+from cellmill.shards.writer import ShardWriter
 from scipy.sparse import csr_matrix
 
 HASH = "0" * 64

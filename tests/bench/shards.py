@@ -17,9 +17,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 import numpy as np  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 from cellmill.shards.dataset import Shards  # noqa: E402
-from cellmill.shards.format import ShardWriter  # noqa: E402
 from cellmill.shards.loader import Loader  # noqa: E402
 from cellmill.shards.statistics import compute_statistics  # noqa: E402
+from cellmill.shards.writer import ShardWriter  # noqa: E402
 from shard_cells import real_cells, write_shards  # noqa: E402
 
 COLUMNS = ["soma_joinid", "total_counts", "n_genes", "genes", "counts", "counts_overflow"]

@@ -18,7 +18,8 @@ from cellmill.config import Quality, Splits
 from cellmill.errors import CellmillError
 from cellmill.shards import assemble, curate
 from cellmill.shards.dataset import Shards
-from cellmill.shards.format import ShardWriter, read_shard
+from cellmill.shards.reader import read_shard
+from cellmill.shards.writer import ShardWriter
 from corpus_runs import PANCREAS, corpus
 
 MITO = Quality(max_mito_fraction=0.1)

@@ -56,7 +56,8 @@ def test_shards_are_read_with_little(data, tmp_path):
     done = run(
         """
 from cellmill.shards.dataset import Shards
-from cellmill.shards.format import ShardWriter, read_shard
+from cellmill.shards.reader import read_shard
+from cellmill.shards.writer import ShardWriter
 from cellmill.shards.loader import Loader
 from cellmill.shards.statistics import compute_statistics, save_statistics
 

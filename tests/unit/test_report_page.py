@@ -22,8 +22,9 @@ from cellmill.qc import TABLE_SCHEMA
 from cellmill.report.inputs import read_histograms
 from cellmill.report.page import write_report
 from cellmill.shards.batch import CellBatch
-from cellmill.shards.format import OBS_STRINGS, ShardWriter
+from cellmill.shards.format import OBS_STRINGS
 from cellmill.shards.manifest import write_manifest
+from cellmill.shards.writer import ShardWriter
 from cellmill.vocabulary import Vocabulary
 
 METHODS = {  # name: kind, level of its scores, spread over seeds

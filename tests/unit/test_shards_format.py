@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from cellmill.errors import CellmillError
 from cellmill.shards.batch import CellBatch
-from cellmill.shards.format import OBS_STRINGS, ShardWriter, read_obs, read_row_groups, read_shard
+from cellmill.shards.format import OBS_STRINGS
+from cellmill.shards.reader import read_obs, read_row_groups, read_shard
+from cellmill.shards.writer import ShardWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_cells import real_cells, same_cells
@@ -182,7 +184,8 @@ def test_an_error_leaves_nothing(tmp_path):
 LIMITED = """
 import resource, signal, sys
 from pathlib import Path
-from cellmill.shards.format import ShardWriter, read_shard
+from cellmill.shards.reader import read_shard
+from cellmill.shards.writer import ShardWriter
 
 cells, obs = read_shard(sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

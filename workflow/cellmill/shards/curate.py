@@ -17,7 +17,8 @@ from cellmill.files import atomic
 from cellmill.progress import Progress
 from cellmill.qc import MITO_RULE
 from cellmill.shards.batch import CellBatch
-from cellmill.shards.format import OBS_STRINGS, ShardWriter
+from cellmill.shards.format import OBS_STRINGS
+from cellmill.shards.writer import ShardWriter
 from cellmill.vocabulary import Vocabulary, is_mitochondrial
 
 TILE = 2048

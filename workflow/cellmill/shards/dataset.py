@@ -8,8 +8,9 @@ import pyarrow as pa
 
 from cellmill.errors import CellmillError
 from cellmill.shards.batch import CellBatch
-from cellmill.shards.format import corrupt, read_obs, read_row_groups
+from cellmill.shards.format import corrupt
 from cellmill.shards.manifest import read_manifest
+from cellmill.shards.reader import read_obs, read_row_groups
 
 
 class RowGroup(NamedTuple):

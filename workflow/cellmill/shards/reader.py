@@ -1,0 +1,186 @@
+"""Reading shards: row groups, decoded and checked.
+
+Legend: B cells, N nonzeros of all cells together, E cells that are not empty, O overflown counts.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cellmill.errors import CellmillError
+from cellmill.shards.batch import CellBatch
+from cellmill.shards.format import FORMAT, FROM_CELLS, MAX_GENES, OVERFLOWN, PACKED, VERSION, corrupt, shard_schema
+
+_DAMAGE = (pa.ArrowException, OSError, ValueError)
+"""What pyarrow raises on a damaged file."""
+
+
+def decode_cells(table: pa.Table, where: str, n_genes: int = MAX_GENES) -> CellBatch:
+    """Unpack one row group; the inverse of `encode_cells`.
+
+    Parameters
+    ----------
+    table
+        Columns `soma_joinid`, `total_counts`, `n_genes` and the three packed ones, B rows.
+    where
+        Names the file in errors.
+    n_genes
+        Genes in the vocabulary, V.
+
+    Raises
+    ------
+    CellmillError
+        If the columns contradict each other or an id is not below `n_genes`.
+    """
+    genes_bytes, genes_offsets_B1 = _bytes(table["genes"])
+    counts_N, offsets_B1 = _bytes(table["counts"])
+    overflow_bytes, overflow_offsets_B1 = _bytes(table["counts_overflow"])
+    lengths_B = np.diff(offsets_B1)
+    if not np.array_equal(genes_offsets_B1, 2 * offsets_B1) or not np.array_equal(
+        lengths_B, _numbers(table["n_genes"])
+    ):
+        raise corrupt(where, "the lengths of genes, counts and n_genes differ")
+
+    deltas_N = genes_bytes.view("<u2")
+    starts_E = offsets_B1[:-1][lengths_B > 0]
+    if np.count_nonzero(deltas_N == 0) != np.count_nonzero(deltas_N[starts_E] == 0):
+        raise corrupt(where, "gene ids do not ascend")
+    genes_N = deltas_N.astype(np.int64)
+    if len(starts_E):
+        # One cumulative sum over all cells, which falls back to zero where a cell starts.
+        last_E = np.add.reduceat(genes_N, starts_E)
+        if last_E.max() >= n_genes:
+            raise corrupt(where, f"gene id {last_E.max()} lies beyond the vocabulary of {n_genes} genes")
+        genes_N[starts_E[1:]] -= last_E[:-1]
+        np.cumsum(genes_N, out=genes_N)
+
+    overflown_O = np.flatnonzero(counts_N == OVERFLOWN)
+    if not np.array_equal(overflow_offsets_B1, 4 * np.searchsorted(overflown_O, offsets_B1)):
+        raise corrupt(where, "counts_overflow does not match the counts of 255")
+    if not counts_N.all():
+        raise corrupt(where, "a count is zero")
+    counts_N = counts_N.astype(np.int64)
+    counts_N[overflown_O] = overflow_bytes.view("<u4")
+    return CellBatch(
+        joinids=_numbers(table["soma_joinid"]),
+        offsets=offsets_B1,
+        genes=genes_N,
+        counts=counts_N,
+        totals=_numbers(table["total_counts"]),
+    )
+
+
+def _bytes(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes of a binary column, one value after the other, and int64 [B + 1] where each value starts."""
+    array = column.combine_chunks()
+    _, offsets, data = array.buffers()
+    offsets_B1 = np.zeros(1, np.int64)
+    if len(array):
+        offsets_B1 = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1].astype(np.int64)
+    values = np.frombuffer(data, np.uint8) if data is not None else np.zeros(0, np.uint8)
+    return values[offsets_B1[0] : offsets_B1[-1]], offsets_B1 - offsets_B1[0]
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of integers. Arrow's own `to_numpy` would import pandas where it is installed, which takes time."""
+    return np.from_dlpack(column.combine_chunks())
+
+
+def _open_shard(path: Path) -> pq.ParquetFile:
+    if not path.is_file():
+        raise CellmillError(f"shard {path} does not exist; run the rule that makes it again")
+    try:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+    except _DAMAGE as error:
+        raise corrupt(path, " ".join(str(error).split())) from error
+    metadata = file.schema_arrow.metadata or {}
+    if metadata.get(b"cellmill.format") != FORMAT.encode():
+        raise CellmillError(f"{path} is a parquet file but no shard of cellmill; name a file that cellmill wrote")
+    if metadata.get(b"cellmill.version") != str(VERSION).encode():
+        version = metadata.get(b"cellmill.version", b"?").decode()
+        raise CellmillError(
+            f"shard {path} has format version {version}, this cellmill reads {VERSION}; update cellmill"
+        )
+    missing = [name for name in shard_schema([]).names if name not in file.schema_arrow.names]
+    if missing:
+        raise corrupt(path, f"it has no column {', '.join(missing)}")
+    return file
+
+
+def _obs_names(file: pq.ParquetFile, columns: list[str] | None, path: Path) -> list[str]:
+    """The metadata columns asked for, in the order of the file."""
+    names = [name for name in file.schema_arrow.names if name not in PACKED]
+    unknown = [name for name in columns or [] if name not in names]
+    if unknown:
+        raise CellmillError(f"shard {path} has no column {', '.join(unknown)}; it has {', '.join(names)}")
+    return names if columns is None else [name for name in names if name in columns]
+
+
+def read_obs(path: str | Path, columns: list[str] | None = None) -> pa.Table:
+    """The metadata columns of a shard (all but the packed ones, or those named), one row per cell."""
+    path = Path(path)
+    with _open_shard(path) as file:
+        names = _obs_names(file, columns, path)
+        try:
+            return file.read(columns=names, use_threads=False).unify_dictionaries()
+        except _DAMAGE as error:
+            raise corrupt(path, " ".join(str(error).split())) from error
+
+
+def read_row_groups(
+    path: str | Path, groups: list[int], columns: list[str] | None = None, *, n_genes: int = MAX_GENES
+) -> tuple[CellBatch, pa.Table]:
+    """Cells of some row groups, in the order of `groups`.
+
+    Parameters
+    ----------
+    path
+        A shard.
+    groups
+        Indices of row groups.
+    columns
+        Metadata columns to return; None for all, an empty list for none.
+    n_genes
+        Genes in the vocabulary; ids beyond it are an error.
+
+    Returns
+    -------
+    cells : CellBatch
+    obs : pyarrow.Table
+        The metadata columns of the same cells; strings are dictionary-coded.
+
+    Raises
+    ------
+    CellmillError
+        If the file is missing, corrupt or of an unknown version.
+    """
+    path = Path(path)
+    batches, tables = [], []
+    with _open_shard(path) as file:
+        names = _obs_names(file, columns, path)
+        wanted = list(dict.fromkeys([*names, *FROM_CELLS, *PACKED]))
+        for group in groups:
+            try:
+                table = file.read_row_group(group, columns=wanted, use_threads=False)
+            except _DAMAGE as error:
+                raise corrupt(path, " ".join(str(error).split())) from error
+            batches.append(decode_cells(table, str(path), n_genes))
+            tables.append(table.select(names))
+        if not groups:
+            return _no_cells(), file.schema_arrow.empty_table().select(names)
+    cells = batches[0] if len(batches) == 1 else CellBatch.concatenate(batches)
+    return cells, pa.concat_tables(tables).unify_dictionaries()
+
+
+def read_shard(path: str | Path, *, n_genes: int = MAX_GENES) -> tuple[CellBatch, pa.Table]:
+    """All cells of a shard; see `read_row_groups`."""
+    with _open_shard(Path(path)) as file:
+        groups = list(range(file.num_row_groups))
+    return read_row_groups(path, groups, n_genes=n_genes)
+
+
+def _no_cells() -> CellBatch:
+    none = np.zeros(0, np.int64)
+    return CellBatch(none, np.zeros(1, np.int64), none, none, none)
