@@ -3,6 +3,8 @@
 snakemake --cores all                                    the embedded default, config/demo.yaml
 snakemake --cores all --configfile config/NAME.yaml      your run
 snakemake --workflow-profile workflow/profiles/slurm     on a cluster
+snakemake plan                                           only show what would be read, and how long it takes
+snakemake corpus                                         only the corpus: shards, and a page of what was kept and dropped
 """
 
 import atexit
@@ -43,6 +45,8 @@ point_environments_here()
 wildcard_constraints:
     run=one_of([flow.name]),
     cells=one_of(flow.selections),
+    corpus=one_of(flow.corpora),
+    organism=one_of(flow.organisms),
     dataset=one_of(flow.datasets),
     model=one_of(flow.models),
     baseline=one_of(flow.baselines),
@@ -50,6 +54,7 @@ wildcard_constraints:
     task=one_of(flow.tasks),
     seed=r"\d+",
     block=r"\d+",
+    part=r"\d+",
 
 
 report: "workflow/report/workflow.rst"
@@ -65,7 +70,10 @@ include: "workflow/rules/report.smk"
 
 localrules:
     all,
+    corpus,
+    plan,
     fetch_wheels,
+    show_plan,
 
 
 rule all:
@@ -74,10 +82,19 @@ rule all:
         f"{flow.results}/report/index.html",
 
 
+rule plan:
+    input:
+        f"{flow.results}/plan.txt",
+
+
+rule corpus:
+    input:
+        f"{flow.results}/report/corpus.html",
+
+
 onsuccess:
-    print(
-        f"results are in {flow.results}; the report is {flow.results}/report/index.html"
-    )
+    for page in sorted(Path(flow.results, "report").glob("*.html")):
+        print(f"written: {page}")
 
 
 onerror:

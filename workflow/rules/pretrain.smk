@@ -6,7 +6,7 @@ rule pretrain:
     input:
         shards="results/{run}/shards/corpus",
         statistics="results/{run}/statistics.safetensors",
-        vocabulary="results/{run}/vocabulary.parquet",
+        vocabulary=flow.vocabulary,
     output:
         weights="results/{run}/pretrain/{model}/seed{seed}/checkpoint.safetensors",
         meta="results/{run}/pretrain/{model}/seed{seed}/checkpoint.json",

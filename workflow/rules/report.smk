@@ -1,4 +1,55 @@
-# One self-contained page.
+# Self-contained pages: the corpus, as soon as it is there, and the whole run.
+
+
+rule corpus_page:
+    input:
+        shards=expand("results/{{run}}/shards/{cells}", cells=flow.selections),
+        plans=expand(
+            "results/{{run}}/selections/{cells}/plan.json", cells=flow.selections
+        ),
+        qc=expand(
+            "results/{{run}}/selections/{cells}/qc.parquet", cells=flow.selections
+        ),
+        qc_cells=expand(
+            "results/{{run}}/selections/{cells}/qc_cells.parquet",
+            cells=flow.selections,
+        ),
+        duplicates=expand(
+            "results/{{run}}/selections/{corpus}/duplicates.parquet",
+            corpus=flow.corpora,
+        ),
+        leaks=expand(
+            "results/{{run}}/selections/{corpus}/leaks.parquet", corpus=flow.corpora
+        ),
+        vocabularies=expand(
+            "results/{{run}}/vocabulary/{organism}.parquet", organism=flow.organisms
+        ),
+        mapping=flow.genes_mapping,
+        orthologs=flow.orthologs,
+        templates=expand(
+            f"{PROJECT}/workflow/report/page.{{part}}",
+            part=["html", "css", "js"],
+        ),
+    output:
+        report(
+            "results/{run}/report/corpus.html",
+            caption="../report/corpus.rst",
+            category="Report",
+            labels={"page": "the corpus"},
+        ),
+    log:
+        "results/{run}/logs/corpus_page.log",
+    conda:
+        "../../envs/report.yaml"
+    params:
+        selections=flow.selections,
+        corpora=flow.corpora,
+        organisms=flow.organisms,
+        config=flow.resolved,
+        command=flow.command(workflow.configfiles),
+        code=code_version("corpus_page"),
+    script:
+        "../scripts/corpus_page.py"
 
 
 rule write_report:
@@ -18,7 +69,8 @@ rule write_report:
             "results/{{run}}/selections/{cells}/qc_cells.parquet",
             cells=flow.selections,
         ),
-        vocabulary="results/{run}/vocabulary.parquet",
+        vocabulary=flow.vocabulary,
+        corpus_page="results/{run}/report/corpus.html",
         mapping=flow.genes_mapping,
         templates=expand(
             f"{PROJECT}/workflow/report/page.{{part}}",

@@ -7,12 +7,15 @@ from cellmill.census.h5ad import find_h5ads
 from cellmill.job import job
 
 with job(snakemake.log[0]):
+    organisms, files = snakemake.params.organisms, snakemake.params.files
     build_census(
         find_h5ads(Path(snakemake.input.h5ads)),
-        Path(snakemake.input.genes),
+        dict(zip(organisms, map(Path, snakemake.input.genes), strict=True)),
         Path(snakemake.output.census),
-        organism=snakemake.params.organism,
-        extra_obs=list(snakemake.params.extra_obs),
+        organism=organisms[0],
+        file_organisms=files["organisms"],
+        obs_columns=files["obs_columns"],
+        extra_obs=files["extra_obs"],
         mapping=Path(snakemake.output.mapping),
         wheels=Path(snakemake.input.wheels),
     )

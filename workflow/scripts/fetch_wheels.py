@@ -8,4 +8,5 @@ from cellmill.job import job
 with job(snakemake.log[0]):
     wheels = Path(snakemake.output.wheels)
     fetch_wheels(Path(snakemake.input[0]), wheels)
-    write_gene_table(wheels, Path(snakemake.output.genes), snakemake.params.organism)
+    for organism, table in zip(snakemake.params.organisms, snakemake.output.genes, strict=True):
+        write_gene_table(wheels, Path(table), organism)

@@ -1,4 +1,4 @@
-"""Shuffle the curated blocks of a selection into its shards, and sum up their quality control."""
+"""Put the shuffled parts of a selection into one folder with a manifest, and sum up their quality control."""
 
 from pathlib import Path
 
@@ -6,14 +6,14 @@ from cellmill.job import job
 from cellmill.shards.assemble import assemble
 
 with job(snakemake.log[0]):
+    duplicates, leaks = snakemake.input.duplicates, snakemake.input.leaks
     assemble(
-        plan=Path(snakemake.input.plan),
         summary=Path(snakemake.input.summary),
-        blocks=[Path(path) for path in snakemake.input.blocks],
+        parts=[Path(path) for path in snakemake.input.parts],
         block_qcs=[Path(path) for path in snakemake.input.block_qcs],
         vocabulary=Path(snakemake.input.vocabulary),
-        cells_per_shard=snakemake.params.cells_per_shard,
-        seed=snakemake.params.seed,
+        duplicates=Path(duplicates[0]) if duplicates and snakemake.params.drop_duplicates else None,
+        leaks=Path(leaks[0]) if leaks else None,
         out=Path(snakemake.output.shards),
         qc=Path(snakemake.output.qc),
         qc_cells=Path(snakemake.output.qc_cells),

@@ -1,4 +1,4 @@
-"""Choose the genes that models of this run know."""
+"""Choose the genes of one organism that models of this run know."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ with job(snakemake.log[0]):
     build_vocabulary(
         Census(**snakemake.params.census, buffer_mb=snakemake.resources.soma_buffer),
         Path(snakemake.input.census[0]) if snakemake.input.census else None,
-        organism=snakemake.params.organism,
+        organism=snakemake.wildcards.organism,
         genes=Genes(**snakemake.params.genes),
         plan=Path(snakemake.input.plan),
         out=Path(snakemake.output[0]),
