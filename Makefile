@@ -10,8 +10,9 @@ CORES ?= all
 CONFIG ?= config/demo.yaml
 READY := $(VENV)/.ready
 export MPLBACKEND := agg
+export CELLMILL_DATA ?= $(abspath $(CURDIR)/../shared/data)
 
-.PHONY: help demo run test lint format bench picture config lock clean
+.PHONY: help demo plan corpus run test lint format bench picture config lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -24,6 +25,14 @@ $(READY): envs/lock.txt pyproject.toml
 
 demo: $(READY)  ## run the workflow on the embedded default
 	$(BIN)/snakemake --cores $(CORES)
+
+plan: $(READY)  ## show what CONFIG would read, and how long it takes, before anything heavy starts
+	$(BIN)/cellmill check $(CONFIG)
+	$(BIN)/snakemake plan --cores $(CORES) --configfile $(CONFIG)
+
+corpus: $(READY)  ## make the corpus of CONFIG and its page, without training
+	$(BIN)/cellmill check $(CONFIG)
+	$(BIN)/snakemake corpus --cores $(CORES) --configfile $(CONFIG)
 
 run: $(READY)  ## run the workflow on CONFIG=config/NAME.yaml
 	$(BIN)/cellmill check $(CONFIG)
