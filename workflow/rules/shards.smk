@@ -94,6 +94,7 @@ rule audit_leaks:
         "../scripts/audit_leaks.py"
 
 
+# A part lasts until its shards are linked into the selection's folder: a shard is one file on the disk, not two.
 rule shuffle_part:
     input:
         summary="results/{run}/selections/{cells}/plan.json",
@@ -101,7 +102,7 @@ rule shuffle_part:
         removed=flow.removed,
         vocabulary=flow.vocabulary_of,
     output:
-        directory("results/{run}/selections/{cells}/parts/{part}"),
+        temp(directory("results/{run}/selections/{cells}/parts/{part}")),
     log:
         "results/{run}/logs/shuffle_part/{cells}-{part}.log",
     benchmark:
