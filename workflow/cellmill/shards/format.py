@@ -18,6 +18,10 @@ FORMAT, VERSION = "cellmill-shard", 1
 MANIFEST = "manifest.json"
 MAX_GENES = 65_536
 """Gene ids are 16 bits wide."""
+MAX_COUNT = 2**31 - 1
+"""Counts are int32 in memory."""
+MAX_NONZEROS = 2**30
+"""So that the bytes of their genes stay below 2 GiB, the limit of Arrow's 32-bit offsets."""
 ROW_GROUP = 2048
 MAX_ROW_GROUP = 8192
 """So that the bytes of a row group's genes stay below 2 GiB, the limit of Arrow's 32-bit offsets."""
@@ -57,7 +61,7 @@ def shard_schema(extra: list[str]) -> pa.Schema:
 
 
 def encode_cells(cells: CellBatch) -> dict[str, pa.Array]:
-    """Pack the nonzeros of `cells`.
+    """Pack the nonzeros of `cells`, whose genes and counts may be integers of any width.
 
     Returns
     -------
@@ -68,32 +72,37 @@ def encode_cells(cells: CellBatch) -> dict[str, pa.Array]:
     Raises
     ------
     CellmillError
-        If ids do not ascend or exceed 65,535, or counts are below 1 or above 4,294,967,295.
+        If ids do not ascend or exceed 65,535, counts are below 1 or above 2,147,483,647, or there are 2^30 nonzeros
+        or more at once.
     """
-    offsets_B1 = cells.offsets
-    deltas_N = np.diff(cells.genes, prepend=0)
+    offsets_B1, genes_N, counts_N = cells.offsets, cells.genes, cells.counts
     starts_E = offsets_B1[:-1][cells.lengths > 0]
-    deltas_N[starts_E] = cells.genes[starts_E]
-    if len(deltas_N):
-        if cells.genes.min() < 0 or cells.genes.max() >= MAX_GENES:
+    if len(genes_N):
+        if genes_N.min() < 0 or genes_N.max() >= MAX_GENES:
             raise CellmillError(
-                f"gene ids run from {cells.genes.min()} to {cells.genes.max()}, but shards hold ids from 0 to"
+                f"gene ids run from {genes_N.min()} to {genes_N.max()}, but shards hold ids from 0 to"
                 f" {MAX_GENES - 1:,}; choose a vocabulary of at most {MAX_GENES:,} genes"
             )
-        if np.count_nonzero(deltas_N < 1) != np.count_nonzero(deltas_N[starts_E] < 1):
-            raise CellmillError("gene ids do not ascend within every cell; sort them and sum duplicates before writing")
-        if cells.counts.min() < 1 or cells.counts.max() > 0xFFFFFFFF:
+        if counts_N.min() < 1 or counts_N.max() > MAX_COUNT:
             raise CellmillError(
-                f"counts run from {cells.counts.min()} to {cells.counts.max()}, but shards hold nonzero raw counts"
-                " from 1 to 4,294,967,295; leave zeros out"
+                f"counts run from {counts_N.min()} to {counts_N.max()}, but shards hold nonzero raw counts"
+                f" from 1 to {MAX_COUNT:,}; leave zeros out"
             )
-    overflown_O = np.flatnonzero(cells.counts >= OVERFLOWN)
+        if len(genes_N) >= MAX_NONZEROS:
+            raise CellmillError(f"{len(genes_N):,} counts cannot be packed at once; write fewer cells at a time")
+    genes_N = genes_N.astype("<u2", copy=False)
+    ascends_N = genes_N[1:] > genes_N[:-1]
+    if np.count_nonzero(~ascends_N) != np.count_nonzero(~ascends_N[starts_E[1:] - 1]):
+        raise CellmillError("gene ids do not ascend within every cell; sort them and sum duplicates before writing")
+    deltas_N = np.empty_like(genes_N)
+    np.subtract(genes_N[1:], genes_N[:-1], out=deltas_N[1:])
+    deltas_N[starts_E] = genes_N[starts_E]
+    bytes_N = np.minimum(counts_N, OVERFLOWN).astype(np.uint8)
+    overflown_O = np.flatnonzero(bytes_N == OVERFLOWN)
     return {
-        "genes": _binary(deltas_N.astype("<u2"), 2 * offsets_B1),
-        "counts": _binary(np.minimum(cells.counts, OVERFLOWN).astype(np.uint8), offsets_B1),
-        "counts_overflow": _binary(
-            cells.counts[overflown_O].astype("<u4"), 4 * np.searchsorted(overflown_O, offsets_B1)
-        ),
+        "genes": _binary(deltas_N, 2 * offsets_B1),
+        "counts": _binary(bytes_N, offsets_B1),
+        "counts_overflow": _binary(counts_N[overflown_O].astype("<u4"), 4 * np.searchsorted(overflown_O, offsets_B1)),
     }
 
 

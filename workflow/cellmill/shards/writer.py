@@ -1,7 +1,10 @@
-"""Writing shards: row group by row group, under a temporary name until the file is whole."""
+"""Writing shards, and the blocks that become shards, under a temporary name until the file is whole."""
 
 import contextlib
+import itertools
+import json
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +21,52 @@ from cellmill.shards.format import (
     PACKED,
     ROW_GROUP,
     STRING,
+    VERSION,
     encode_cells,
     shard_schema,
 )
+from cellmill.shards.order import Order
+
+BLOCK_FORMAT = "cellmill-block"
+BLOCK_SCHEMA = pa.schema(
+    [("soma_joinid", pa.int64()), ("metadata", pa.int32()), ("total_counts", pa.int64())]
+    + [(name, pa.binary()) for name in PACKED]
+)
+FLUSH = 2**25
+"""Nonzeros that a block holds in memory, 3 bytes each, before it writes them."""
+_EMPTY = pa.RecordBatch.from_pylist([], BLOCK_SCHEMA)
+
+
+def check_obs(path: Path, cells: CellBatch, obs: pa.Table) -> list[str]:
+    """The metadata columns of strings that will be stored, or a `CellmillError` that names the file of `path`."""
+    if obs.num_rows != len(cells):
+        raise CellmillError(f"{path.name}: {len(cells)} cells came with {obs.num_rows} rows of metadata")
+    missing = [name for name in (*OBS_STRINGS, "n_measured_genes") if name not in obs.column_names]
+    if missing:
+        raise CellmillError(f"{path.name}: the cells' metadata lacks {', '.join(missing)}; add these columns")
+    from_cells = {"soma_joinid": cells.joinids, "total_counts": cells.totals, "n_genes": cells.lengths}
+    for name, values_B in from_cells.items():
+        if name in obs.column_names and not np.array_equal(obs[name].to_numpy(), values_B):
+            raise CellmillError(f"{path.name}: column {name} of the metadata contradicts the cells; drop it")
+    measured = obs["n_measured_genes"]
+    if not pa.types.is_integer(measured.type) or measured.null_count:
+        raise CellmillError(f"{path.name}: column n_measured_genes must hold integers and no nulls")
+    filled = np.flatnonzero(cells.lengths)
+    sums = np.add.reduceat(cells.counts, cells.offsets[filled], dtype=np.int64) if len(filled) else 0
+    if (sums > cells.totals[filled]).any() or (cells.lengths > measured.to_numpy()).any():
+        raise CellmillError(
+            f"{path.name}: a cell has more counts or genes in the vocabulary than in all measured genes"
+            " (total_counts, n_measured_genes); these two must be taken before genes are left out"
+        )
+    names = [*OBS_STRINGS, *(n for n in obs.column_names if n not in (*OBS_STRINGS, *FROM_CELLS, "n_measured_genes"))]
+    for name in names:
+        kind = obs.schema.field(name).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        # A column without any value, or of no rows, has the type null.
+        strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+        if name in PACKED or not strings:
+            raise CellmillError(f"{path.name}: column {name} of the metadata must hold strings, not {kind}")
+    return names
 
 
 class ShardWriter:
@@ -131,43 +177,13 @@ class ShardWriter:
 
     def _check(self, cells: CellBatch, obs: pa.Table) -> pa.Table:
         """The columns of `obs` as they are stored, or a `CellmillError`."""
-        if obs.num_rows != len(cells):
-            raise CellmillError(f"{self.path.name}: {len(cells)} cells came with {obs.num_rows} rows of metadata")
-        missing = [name for name in (*OBS_STRINGS, "n_measured_genes") if name not in obs.column_names]
-        if missing:
-            raise CellmillError(f"{self.path.name}: the cells' metadata lacks {', '.join(missing)}; add these columns")
-        from_cells = {"soma_joinid": cells.joinids, "total_counts": cells.totals, "n_genes": cells.lengths}
-        for name, values_B in from_cells.items():
-            if name in obs.column_names and not np.array_equal(obs[name].to_numpy(), values_B):
-                raise CellmillError(f"{self.path.name}: column {name} of the metadata contradicts the cells; drop it")
-        measured = obs["n_measured_genes"]
-        if not pa.types.is_integer(measured.type) or measured.null_count:
-            raise CellmillError(f"{self.path.name}: column n_measured_genes must hold integers and no nulls")
-        sums_B = np.diff(np.concatenate([[0], np.cumsum(cells.counts)])[cells.offsets])
-        if (sums_B > cells.totals).any() or (cells.lengths > measured.to_numpy()).any():
-            raise CellmillError(
-                f"{self.path.name}: a cell has more counts or genes in the vocabulary than in all measured genes"
-                " (total_counts, n_measured_genes); these two must be taken before genes are left out"
-            )
-        names = [*OBS_STRINGS, *(n for n in obs.column_names if n not in (*OBS_STRINGS, *FROM_CELLS))]
-        columns = {}
-        for name in names:
-            if name == "n_measured_genes":
-                continue
-            kind = obs.schema.field(name).type
-            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            # A column without any value, or of no rows, has the type null.
-            strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
-            if name in PACKED or not strings:
-                raise CellmillError(f"{self.path.name}: column {name} of the metadata must hold strings, not {kind}")
-            columns[name] = obs[name].cast(pa.string())
-        columns["n_measured_genes"] = measured.cast(pa.int32())
-        checked = pa.table(columns)
+        names = check_obs(self.path, cells, obs)
         if self._schema is None:
-            self._schema = shard_schema([n for n in columns if n not in (*OBS_STRINGS, "n_measured_genes")])
-        elif not set(checked.column_names) <= set(self._schema.names) or len(columns) + 6 != len(self._schema):
+            self._schema = shard_schema(names[len(OBS_STRINGS) :])
+        elif set(names) != {field.name for field in self._schema if field.type == STRING}:
             raise CellmillError(f"{self.path.name}: columns of the metadata changed from one write to the next")
-        return checked
+        columns = {name: obs[name].cast(pa.string()) for name in names}
+        return pa.table({**columns, "n_measured_genes": obs["n_measured_genes"].cast(pa.int32())})
 
     def _open(self) -> pq.ParquetWriter:
         if self._writer is None:
@@ -209,3 +225,161 @@ class ShardWriter:
             with contextlib.suppress(OSError):  # a full disk is still full; the file goes now
                 self._writer.close()
         self._temporary.unlink(missing_ok=True)
+
+
+class BlockWriter:
+    """Writes the curated cells of one block, each straight to the shard that it belongs to (``docs/shards.md``).
+
+    An Arrow IPC file, since it must be cheap to write, and cheap to read in pieces: one batch for every shard of the
+    order, in turn, whenever enough cells have gathered. A cell's metadata are a row number of the table of distinct
+    metadata, which comes last. Each batch carries the CRC-32 of its values.
+
+    Parameters
+    ----------
+    path
+        The file; it appears when `close` returns.
+    order
+        The order of the selection's cells.
+
+    Examples
+    --------
+    >>> with BlockWriter("0.arrow", order) as writer:  # doctest: +SKIP
+    ...     writer.write(cells, obs, "train")
+    """
+
+    def __init__(self, path: str | Path, order: Order):
+        self.path, self.order = Path(path), order
+        self._temporary = self.path.with_name(self.path.name + ".tmp")
+        self._shards = len(order.shards)
+        self._metadata = _DistinctRows(self.path)
+        self._waiting: list[pa.Table] = []
+        self._nonzeros = 0
+        self._file = self._writer = None
+
+    def __enter__(self) -> "BlockWriter":
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = pa.OSFile(str(self._temporary), "wb")
+            said = {"cellmill.format": BLOCK_FORMAT, "cellmill.version": str(VERSION)}
+            schema = BLOCK_SCHEMA.with_metadata(said | {"cellmill.order": json.dumps(self.order.as_dict())})
+            self._writer = pa.ipc.new_file(self._file, schema, options=pa.ipc.IpcWriteOptions(use_threads=False))
+        except OSError as error:
+            self._abort()
+            raise unwritable(self.path, error) from error
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if kind is None:
+                self._close()
+        except OSError as failure:
+            raise unwritable(self.path, failure) from failure
+        finally:
+            self._abort()
+
+    def write(self, cells: CellBatch, obs: pa.Table, split: str) -> None:
+        """Append cells of one split; cells, obs and errors as in `ShardWriter.write`."""
+        if not len(cells):
+            return
+        names = check_obs(self.path, cells, obs)
+        table = {
+            "soma_joinid": cells.joinids,
+            "metadata": self._metadata.number(obs.select([*names, "n_measured_genes"])),
+            "total_counts": cells.totals,
+            **encode_cells(cells),
+            "shard": self.order.shard_of(split, self.order.keys(cells.joinids)),
+        }
+        self._waiting.append(pa.table(table))
+        self._nonzeros += len(cells.genes)
+        if self._nonzeros >= FLUSH:
+            try:
+                self._flush()
+            except OSError as error:
+                raise unwritable(self.path, error) from error
+
+    def _flush(self) -> None:
+        """Write what waits: for every shard one batch, which may be empty."""
+        table = pa.concat_tables(self._waiting).combine_chunks()
+        self._waiting, self._nonzeros = [], 0
+        joinids_B, shard_B = table["soma_joinid"].to_numpy(), table["shard"].to_numpy()
+        order_B = np.lexsort((joinids_B, self.order.keys(joinids_B), shard_B))
+        edges = np.searchsorted(shard_B[order_B], np.arange(self._shards + 1))
+        table = table.select(BLOCK_SCHEMA.names).cast(BLOCK_SCHEMA)
+        for start, stop in itertools.pairwise(edges):
+            self._write_batch(table.take(order_B[start:stop]))
+
+    def _write_batch(self, table: pa.Table, **said: bytes) -> None:
+        batch = table.combine_chunks().to_batches()[0] if len(table) else _EMPTY
+        self._writer.write_batch(batch, custom_metadata={"crc32": str(checksum(batch)), **said})
+
+    def _close(self) -> None:
+        if self._waiting:
+            self._flush()
+        rows = self._metadata.serialized()
+        self._write_batch(BLOCK_SCHEMA.empty_table(), metadata=rows, metadata_crc32=str(zlib.crc32(rows)))
+        self._writer.close()
+        self._file.close()
+        sync(self._temporary)
+        os.replace(self._temporary, self.path)
+
+    def _abort(self) -> None:
+        """Leave nothing behind but the whole file."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk is still full; the file goes now
+                self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def checksum(batch: pa.RecordBatch) -> int:
+    """CRC-32 over the values of a batch of a block."""
+    crc = zlib.crc32(len(batch).to_bytes(8, "little"))
+    for column in batch.columns:
+        if pa.types.is_binary(column.type):
+            _, offsets, data = column.buffers()
+            ends = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1] if offsets else []
+            crc = zlib.crc32(np.diff(ends), crc)
+            crc = zlib.crc32(data[ends[0] : ends[-1]], crc) if data and len(ends) else crc
+        else:
+            crc = zlib.crc32(column.to_numpy(), crc)
+    return crc
+
+
+class _DistinctRows:
+    """Numbers the distinct rows of metadata, of which there are few: cells share data set, donor, cell type, ..."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._names: list[str] | None = None
+        self._numbers: dict[tuple, int] = {}
+
+    def number(self, obs: pa.Table) -> np.ndarray:
+        """int32 [B], the number of each row; equal rows have one number."""
+        if self._names is None:
+            self._names = obs.column_names
+        elif set(self._names) != set(obs.column_names):
+            raise CellmillError(f"{self._path.name}: columns of the metadata changed from one write to the next")
+        kind_B = np.zeros(len(obs), np.int64)
+        for name in self._names:
+            column = obs[name].combine_chunks()
+            if not pa.types.is_integer(column.type):
+                column = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+                column = column.indices.fill_null(-1)
+            values_B = column.to_numpy().astype(np.int64)
+            span = values_B.max() - values_B.min() + 1
+            _, kind_B = np.unique(kind_B * span + values_B - values_B.min(), return_inverse=True)
+        _, first, kind_B = np.unique(kind_B, return_index=True, return_inverse=True)
+        rows = zip(*(obs[name].take(first).to_pylist() for name in self._names), strict=True)
+        numbers = [self._numbers.setdefault(row, len(self._numbers)) for row in rows]
+        return np.array(numbers, np.int32)[kind_B]
+
+    def serialized(self) -> bytes:
+        """The distinct rows in the order of their numbers, as an Arrow IPC stream."""
+        names = self._names or [*OBS_STRINGS, "n_measured_genes"]
+        columns = list(zip(*self._numbers, strict=True)) or [()] * len(names)
+        kinds = [pa.int32() if name == "n_measured_genes" else pa.string() for name in names]
+        arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
+        table = pa.table(dict(zip(names, arrays, strict=True)))
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+        return sink.getvalue().to_pybytes()
