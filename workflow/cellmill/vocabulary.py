@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from cellmill.errors import CellmillError
 from cellmill.files import atomic
+from cellmill.fingerprints import choose_groups
 
 SCHEMA = pa.schema(
     [
@@ -21,8 +22,11 @@ SCHEMA = pa.schema(
         ("feature_type", pa.string()),
         ("feature_length", pa.int64()),
         ("is_mitochondrial", pa.bool_()),
+        ("is_ribosomal", pa.bool_()),
+        ("fingerprint_group", pa.int8()),
     ]
 )
+_RIBOSOMAL = r"^RP(SA2?|LP[012]|[LS]\d+(A1?|AL|L[12]?|RT|X|Y[12])?)$"
 
 
 class Vocabulary:
@@ -47,6 +51,11 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.feature_ids)
 
+    @property
+    def group_V(self) -> np.ndarray:
+        """int8 [V], the group of each gene for `cellmill.fingerprints`; -1 outside."""
+        return self.table["fingerprint_group"].fill_null(-1).to_numpy()
+
     @classmethod
     def read(cls, path: Path) -> "Vocabulary":
         """Read a vocabulary's parquet file.
@@ -54,14 +63,17 @@ class Vocabulary:
         Raises
         ------
         CellmillError
-            The file is absent, unreadable, has other columns or is not sorted by unique `feature_id`.
+            The file is absent, unreadable, has other columns (another version of cellmill wrote it) or is not sorted by
+            unique `feature_id`.
         """
         try:
             table = pq.read_table(path)
         except (OSError, pa.ArrowInvalid) as error:
             raise CellmillError(f"vocabulary {path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
         if table.schema.names != SCHEMA.names:
-            raise CellmillError(f"vocabulary {path} has columns {table.schema.names}; it must have {SCHEMA.names}")
+            raise CellmillError(
+                f"vocabulary {path} has columns {table.schema.names}; it must have {SCHEMA.names}: build it anew"
+            )
         ids = table["feature_id"].to_pylist()
         if not ids or any(a >= b for a, b in zip(ids, ids[1:], strict=False)):
             raise CellmillError(f"vocabulary {path} is empty or not sorted by unique feature_id; build it anew")
@@ -77,15 +89,28 @@ def is_mitochondrial(feature_names: pa.ChunkedArray | pa.Array) -> np.ndarray:
     return pc.starts_with(names, "MT-", ignore_case=True).fill_null(False).to_numpy(zero_copy_only=False)
 
 
-def choose_genes(var: pa.Table, datasets_per_gene: np.ndarray, biotypes: list[str], min_datasets: int) -> Vocabulary:
-    """Choose the genes that enter, and order them by `feature_id`.
+def is_ribosomal(feature_names: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """Bool [V]: is the symbol that of a protein of the cytosolic ribosome (RPL13A, RPS4X, RPSA, RPLP0; mouse Rpl13a).
+
+    Neither kinases (RPS6KA1), nor the ribosome of mitochondria (MRPL1), pseudogenes (RPL10P1, Rpl10-ps1) or
+    read-through genes (RPS10-NUDT3). Organisms with other symbols have none.
+    """
+    names = feature_names.cast(pa.large_string())
+    return pc.match_substring_regex(names, _RIBOSOMAL, ignore_case=True).fill_null(False).to_numpy(zero_copy_only=False)
+
+
+def choose_genes(
+    var: pa.Table, corpus_datasets: np.ndarray, census_datasets: np.ndarray, biotypes: list[str], min_datasets: int
+) -> Vocabulary:
+    """Choose the genes that enter, order them by `feature_id`, and deal some of them to the fingerprints' groups.
 
     Parameters
     ----------
     var
-        V_all rows of a Census's var, with the columns of `SCHEMA` but `is_mitochondrial`.
-    datasets_per_gene
-        int64 [V_all], how many of the corpus's data sets measured the gene (presence matrix of the Census).
+        V_all rows of a Census's var: ``feature_id, feature_name, feature_type, feature_length`` and ``nnz``, the number
+        of cells with a count.
+    corpus_datasets, census_datasets
+        int64 [V_all], how many data sets of the corpus, and of the whole Census, measured the gene (presence matrix).
     biotypes
         Values of `feature_type` to keep; empty keeps all.
     min_datasets
@@ -103,7 +128,7 @@ def choose_genes(var: pa.Table, datasets_per_gene: np.ndarray, biotypes: list[st
             f"corpus.genes.biotypes names '{unknown[0]}', which no gene of the Census has; it has "
             f"{', '.join(sorted(pc.unique(types).to_pylist()))}"
         )
-    keep = datasets_per_gene >= min_datasets
+    keep = corpus_datasets >= min_datasets
     if biotypes:
         keep &= pc.is_in(types, value_set=pa.array(biotypes, pa.string())).to_numpy()
     if not keep.any():
@@ -112,10 +137,15 @@ def choose_genes(var: pa.Table, datasets_per_gene: np.ndarray, biotypes: list[st
             f"measured in at least {min_datasets} data sets of the corpus; lower corpus.genes.min_datasets or add "
             "biotypes"
         )
-    table = var.select([name for name in SCHEMA.names if name != "is_mitochondrial"])
-    table = table.append_column("is_mitochondrial", pa.array(is_mitochondrial(var["feature_name"])))
-    table = table.filter(pa.array(keep)).cast(SCHEMA)
-    return Vocabulary(table.sort_by("feature_id").combine_chunks())
+    rows = np.flatnonzero(keep)
+    rows = rows[pc.sort_indices(var["feature_id"].take(rows)).to_numpy()]
+    chosen = var.take(rows)
+    group_V = choose_groups(chosen["nnz"].to_numpy(), census_datasets[rows])
+    columns = {name: chosen[name] for name in ("feature_id", "feature_name", "feature_type", "feature_length")}
+    columns["is_mitochondrial"] = is_mitochondrial(chosen["feature_name"])
+    columns["is_ribosomal"] = is_ribosomal(chosen["feature_name"])
+    columns["fingerprint_group"] = pa.array(group_V, mask=group_V < 0)
+    return Vocabulary(pa.table(columns).cast(SCHEMA).combine_chunks())
 
 
 def build_vocabulary(census, path: Path | None, *, organism: str, genes, plan: Path, out: Path) -> Vocabulary:
@@ -144,16 +174,22 @@ def build_vocabulary(census, path: Path | None, *, organism: str, genes, plan: P
     datasets = pc.unique(pq.read_table(plan, columns=["dataset_id"])["dataset_id"].cast(pa.string()))
     with open_census(census, path) as collection:
         rna = collection["census_data"][organism].ms["RNA"]
-        columns = ["soma_joinid", "feature_id", "feature_name", "feature_type", "feature_length"]
+        columns = ["soma_joinid", "feature_id", "feature_name", "feature_type", "feature_length", "nnz"]
         var = rna.var.read(column_names=columns, result_order="row-major").concat()
         table = collection["census_info"]["datasets"].read(column_names=["soma_joinid", "dataset_id"]).concat()
-        rows = table.filter(pc.is_in(table["dataset_id"].cast(pa.string()), value_set=datasets))
-        per_joinid = np.zeros(int(var["soma_joinid"].to_numpy().max()) + 1, np.int64)
-        presence = rna["feature_dataset_presence_matrix"]
-        for part in presence.read((rows["soma_joinid"].combine_chunks(),)).tables():
-            present = part["soma_data"].to_numpy().astype(bool)
-            np.add.at(per_joinid, part["soma_dim_1"].to_numpy()[present], 1)
-    vocabulary = choose_genes(var, per_joinid[var["soma_joinid"].to_numpy()], genes.biotypes, genes.min_datasets)
+        in_corpus = np.zeros(int(table["soma_joinid"].to_numpy().max()) + 1, bool)
+        in_corpus[table["soma_joinid"].to_numpy()] = pc.is_in(table["dataset_id"].cast(pa.string()), value_set=datasets)
+        n_var = int(var["soma_joinid"].to_numpy().max()) + 1
+        corpus_datasets, census_datasets = np.zeros(n_var, np.int64), np.zeros(n_var, np.int64)
+        for part in rna["feature_dataset_presence_matrix"].read((slice(None),)).tables():
+            dataset_N, gene_N, present_N = (column.to_numpy() for column in part.columns)
+            dataset_N, gene_N = dataset_N[present_N.astype(bool)], gene_N[present_N.astype(bool)]
+            census_datasets += np.bincount(gene_N, minlength=n_var)
+            corpus_datasets += np.bincount(gene_N[in_corpus[dataset_N]], minlength=n_var)
+    joinid_V = var["soma_joinid"].to_numpy()
+    vocabulary = choose_genes(
+        var, corpus_datasets[joinid_V], census_datasets[joinid_V], genes.biotypes, genes.min_datasets
+    )
     with atomic(out) as temporary:
         pq.write_table(vocabulary.table, temporary, compression="zstd")
     return vocabulary
