@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cellmill.errors import CellmillError
@@ -97,8 +98,7 @@ class ShardWriter:
         self._temporary = self.path.with_name(self.path.name + ".tmp")
         self._writer: pq.ParquetWriter | None = None
         self._schema: pa.Schema | None = None
-        self._cells: list[CellBatch] = []
-        self._obs: list[pa.Table] = []
+        self._tables: list[pa.Table] = []
         self._waiting = 0
         self._nonzeros = 0
         self._row_groups: list[int] = []
@@ -130,17 +130,36 @@ class ShardWriter:
         CellmillError
             If a column is missing, of another type or contradicts `cells`, or a value does not fit the format.
         """
-        obs = self._check(cells, obs)
-        self._cells.append(cells)
-        self._obs.append(obs)
-        self._waiting += len(cells)
+        names = check_obs(self.path, cells, obs)
+        self.write_packed(
+            pa.table(
+                {
+                    "soma_joinid": cells.joinids,
+                    **{name: obs[name] for name in names},
+                    "total_counts": cells.totals,
+                    "n_measured_genes": obs["n_measured_genes"].cast(pa.int32()),
+                    "n_genes": cells.lengths.astype(np.int32),
+                    **encode_cells(cells),
+                }
+            )
+        )
+
+    def write_packed(self, table: pa.Table) -> None:
+        """Append cells that are packed: the columns of a shard in its order, strings plain or dictionary-coded."""
+        extra = table.column_names[1 + len(OBS_STRINGS) : -6]
+        if self._schema is None:
+            self._schema = shard_schema(extra)
+        if self._schema.names != table.column_names:
+            raise CellmillError(f"{self.path.name}: columns of the metadata changed from one write to the next")
+        self._tables.append(table)
+        self._waiting += len(table)
         if self._waiting < self.row_group:
             return
-        cells, obs = CellBatch.concatenate(self._cells), pa.concat_tables(self._obs)
+        table = _joined(self._tables)
         whole = self._waiting // self.row_group * self.row_group
         for start in range(0, whole, self.row_group):
-            self._write_row_group(cells.slice(start, start + self.row_group), obs.slice(start, self.row_group))
-        self._cells, self._obs = [cells.slice(whole, len(cells))], [obs.slice(whole)]
+            self._write_row_group(table.slice(start, self.row_group))
+        self._tables = [table.slice(whole)]
         self._waiting -= whole
 
     def close(self) -> dict:
@@ -155,7 +174,7 @@ class ShardWriter:
             return self._info
         try:
             if self._waiting:
-                self._write_row_group(CellBatch.concatenate(self._cells), pa.concat_tables(self._obs))
+                self._write_row_group(_joined(self._tables))
             self._open().close()
             sync(self._temporary)
             self._info = {
@@ -175,16 +194,6 @@ class ShardWriter:
             raise
         return self._info
 
-    def _check(self, cells: CellBatch, obs: pa.Table) -> pa.Table:
-        """The columns of `obs` as they are stored, or a `CellmillError`."""
-        names = check_obs(self.path, cells, obs)
-        if self._schema is None:
-            self._schema = shard_schema(names[len(OBS_STRINGS) :])
-        elif set(names) != {field.name for field in self._schema if field.type == STRING}:
-            raise CellmillError(f"{self.path.name}: columns of the metadata changed from one write to the next")
-        columns = {name: obs[name].cast(pa.string()) for name in names}
-        return pa.table({**columns, "n_measured_genes": obs["n_measured_genes"].cast(pa.int32())})
-
     def _open(self) -> pq.ParquetWriter:
         if self._writer is None:
             schema = self._schema or shard_schema([])
@@ -200,24 +209,16 @@ class ShardWriter:
             )
         return self._writer
 
-    def _write_row_group(self, cells: CellBatch, obs: pa.Table) -> None:
-        columns = {
-            "soma_joinid": pa.array(cells.joinids, pa.int64()),
-            "total_counts": pa.array(cells.totals, pa.int64()),
-            "n_genes": pa.array(cells.lengths.astype(np.int32)),
-            **encode_cells(cells),
-        }
-        for name in obs.column_names:
-            # Dictionaries are made anew for each row group, so that their order depends on its cells alone.
-            values = obs[name].combine_chunks()
-            columns[name] = values.dictionary_encode() if pa.types.is_string(values.type) else values
-        table = pa.table([columns[name] for name in self._schema.names], schema=self._schema)
+    def _write_row_group(self, table: pa.Table) -> None:
+        # Dictionaries are made anew for each row group, so that their order depends on its cells alone.
+        columns = [column.combine_chunks() for column in table.columns]
+        columns = [column.dictionary_encode() if pa.types.is_string(column.type) else column for column in columns]
         try:
-            self._open().write_table(table, row_group_size=self.row_group)
+            self._open().write_table(pa.table(columns, schema=self._schema), row_group_size=self.row_group)
         except OSError as error:
             raise unwritable(self.path, error) from error
-        self._row_groups.append(len(cells))
-        self._nonzeros += len(cells.genes)
+        self._row_groups.append(len(table))
+        self._nonzeros += int(pc.sum(table["n_genes"]).as_py() or 0)
 
     def _abort(self) -> None:
         """Leave nothing behind."""
@@ -225,6 +226,20 @@ class ShardWriter:
             with contextlib.suppress(OSError):  # a full disk is still full; the file goes now
                 self._writer.close()
         self._temporary.unlink(missing_ok=True)
+
+
+def _joined(tables: list[pa.Table]) -> pa.Table:
+    """One table of all, its strings no longer coded, so that dictionaries need not agree."""
+    plain = [
+        pa.table({name: _plain(column) for name, column in zip(table.column_names, table.columns, strict=True)})
+        for table in tables
+    ]
+    return plain[0] if len(plain) == 1 else pa.concat_tables(plain)
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    binary = pa.types.is_binary(column.type) or pa.types.is_integer(column.type)
+    return column if binary else column.cast(pa.string())
 
 
 class BlockWriter:
@@ -253,7 +268,7 @@ class BlockWriter:
         self._shards = len(order.shards)
         self._metadata = _DistinctRows(self.path)
         self._waiting: list[pa.Table] = []
-        self._nonzeros = 0
+        self._nonzeros = self._n_genes = 0
         self._file = self._writer = None
 
     def __enter__(self) -> "BlockWriter":
@@ -291,6 +306,7 @@ class BlockWriter:
         }
         self._waiting.append(pa.table(table))
         self._nonzeros += len(cells.genes)
+        self._n_genes = max(self._n_genes, int(cells.genes.max(initial=0)) + 1)
         if self._nonzeros >= FLUSH:
             try:
                 self._flush()
@@ -308,7 +324,7 @@ class BlockWriter:
         for start, stop in itertools.pairwise(edges):
             self._write_batch(table.take(order_B[start:stop]))
 
-    def _write_batch(self, table: pa.Table, **said: bytes) -> None:
+    def _write_batch(self, table: pa.Table, **said: str | bytes) -> None:
         batch = table.combine_chunks().to_batches()[0] if len(table) else _EMPTY
         self._writer.write_batch(batch, custom_metadata={"crc32": str(checksum(batch)), **said})
 
@@ -316,7 +332,8 @@ class BlockWriter:
         if self._waiting:
             self._flush()
         rows = self._metadata.serialized()
-        self._write_batch(BLOCK_SCHEMA.empty_table(), metadata=rows, metadata_crc32=str(zlib.crc32(rows)))
+        said = {"metadata": rows, "metadata_crc32": str(zlib.crc32(rows)), "n_genes": str(self._n_genes)}
+        self._write_batch(BLOCK_SCHEMA.empty_table(), **said)
         self._writer.close()
         self._file.close()
         sync(self._temporary)
