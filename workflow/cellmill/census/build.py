@@ -1,21 +1,20 @@
-"""Build a private Census: the SOMA layout of Census schema 2.4 from any .h5ad files.
+"""Build a private Census: the SOMA layout of Census schema 2.4, from any .h5ad files or cells that a program makes.
 
-Layout: ``census_info/{summary, datasets, summary_cell_counts, organisms}`` and ``census_data/ORGANISM``, an Experiment
-with ``obs``, ``ms/RNA/var``, ``ms/RNA/X/raw`` and ``ms/RNA/feature_dataset_presence_matrix``. The ``normalized`` layer,
-which the schema calls experimental and which follows from ``raw``, is not written. Reference: the Census schema 2.4.0
-and its builder, github.com/chanzuckerberg/cellxgene-census.
+``census_info/{summary, datasets, summary_cell_counts, organisms}`` and, for each organism, ``census_data/ORGANISM``, an
+Experiment with ``obs``, ``ms/RNA/var``, ``ms/RNA/X/raw`` and ``ms/RNA/feature_dataset_presence_matrix``
+(`cellmill.census.layout`). The ``normalized`` layer, which the schema calls experimental and which follows from
+``raw``, is not written. As in the public Census, joinids of cells and genes begin at 0 in every organism, those of data
+sets are common to all.
 
-Every SOMA object is created first, its handles are closed, and it is opened again by its URI to be written: tiledbsoma
-2.3.0 silently loses the dictionary of a column that is written through the handle of the parent that created it.
-
-Shape legend: D = cells of a chunk, G = genes of a file, V = genes of the Census, S = data sets.
+Shape legend: D = cells of a chunk, G = genes of a file, V = genes of an organism, S = data sets of an organism.
 """
 
-import datetime
 import errno
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,89 +23,64 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 import tiledbsoma as soma
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cellmill.census.genes import GeneTable, map_genes, read_gene_table
 from cellmill.census.h5ad import H5ad, open_h5ad, read_chunks
+from cellmill.census.layout import (
+    COMPUTED,
+    OBS_SCHEMA,
+    STATISTICS,
+    TEXT,
+    VAR_SCHEMA,
+    add_table,
+    cell_counts_table,
+    create_census,
+    create_experiment,
+    datasets_table,
+    organisms_table,
+    summary_table,
+    write_chunk,
+    write_presence,
+    write_table,
+)
 from cellmill.census.ontology import Ontologies
+from cellmill.census.organisms import check_organism, said_organism
 from cellmill.census.read import suggest
 from cellmill.errors import CellmillError
 from cellmill.files import atomic
-
-SCHEMA_VERSION, DATASET_SCHEMA_VERSION = "2.4.0", "7.0.0"
-ORGANISMS = {  # those of the Census: name: (label, taxon)
-    "callithrix_jacchus": ("Callithrix jacchus", "NCBITaxon:9483"),
-    "homo_sapiens": ("Homo sapiens", "NCBITaxon:9606"),
-    "macaca_mulatta": ("Macaca mulatta", "NCBITaxon:9544"),
-    "mus_musculus": ("Mus musculus", "NCBITaxon:10090"),
-    "pan_troglodytes": ("Pan troglodytes", "NCBITaxon:9598"),
-}
-TEXT = pa.dictionary(pa.int32(), pa.large_string())
-OBS_SCHEMA = pa.schema(
-    [("soma_joinid", pa.int64()), ("dataset_id", TEXT)]
-    + [
-        (column, TEXT)
-        for term in ("assay", "cell_type", "development_stage", "disease")
-        for column in (term, f"{term}_ontology_term_id")
-    ]
-    + [("donor_id", TEXT), ("is_primary_data", pa.bool_()), ("observation_joinid", pa.large_string())]
-    + [(column, TEXT) for term in ("self_reported_ethnicity", "sex") for column in (term, f"{term}_ontology_term_id")]
-    + [("suspension_type", TEXT), ("tissue", TEXT), ("tissue_ontology_term_id", TEXT), ("tissue_type", TEXT)]
-    + [("tissue_general", TEXT), ("tissue_general_ontology_term_id", TEXT)]
-    + [("raw_sum", pa.float64()), ("nnz", pa.int64()), ("raw_mean_nnz", pa.float64())]
-    + [("raw_variance_nnz", pa.float64()), ("n_measured_vars", pa.int64())]
-)
-VAR_SCHEMA = pa.schema(
-    [("soma_joinid", pa.int64()), ("feature_id", pa.large_string()), ("feature_name", pa.large_string())]
-    + [("feature_type", pa.large_string()), ("feature_length", pa.int64())]
-    + [("nnz", pa.int64()), ("n_measured_obs", pa.int64())]
-)
-STATISTICS = ("raw_sum", "nnz", "raw_mean_nnz", "raw_variance_nnz")
-DATASET_COLUMNS = (
-    "citation",
-    "collection_id",
-    "collection_name",
-    "collection_doi",
-    "collection_doi_label",
-    "dataset_id",
-)
-DATASET_COLUMNS += ("dataset_version_id", "dataset_title", "dataset_h5ad_path")
-COUNTED = (
-    "cell_type",
-    "assay",
-    "tissue",
-    "tissue_general",
-    "disease",
-    "self_reported_ethnicity",
-    "sex",
-    "suspension_type",
-)
-X_CONFIG = {  # tiles and filters of the Census's X/raw
-    "tiledb": {
-        "create": {
-            "capacity": 2**16,
-            "dims": {
-                "soma_dim_0": {"tile": 2048, "filters": [{"_type": "ZstdFilter", "level": 3}]},
-                "soma_dim_1": {"tile": 2048, "filters": ["ByteShuffleFilter", {"_type": "ZstdFilter", "level": 3}]},
-            },
-            "attrs": {"soma_data": {"filters": ["ByteShuffleFilter", {"_type": "ZstdFilter", "level": 3}]}},
-            "cell_order": "row-major",
-            "tile_order": "row-major",
-            "allows_duplicates": True,
-        }
-    }
-}
+from cellmill.progress import Progress
 
 
 @dataclass(frozen=True)
 class Source:
-    """One data set on its way into the Census: its file, cells, genes, and the columns that had to be filled."""
+    """One data set on its way into the Census (`make_source`).
 
-    h5ad: H5ad
+    Attributes
+    ----------
+    dataset_id, organism
+        Its names.
+    obs
+        The text columns of the Census's obs, one row a cell.
+    mapping
+        What its genes were mapped to (`cellmill.census.genes.map_genes`).
+    chunks
+        Called, yields all counts in the order of `obs`: row of the first cell, CSR float32 [D, G].
+    notes
+        What ``census_info/summary`` says of it.
+    missing
+        Columns of `obs` that had to be filled with "unknown".
+    file
+        Its file's name, or "".
+    """
+
     dataset_id: str
+    organism: str
     obs: pd.DataFrame
     mapping: pd.DataFrame
-    filled: list[str]
+    chunks: Callable[[], Iterator[tuple[int, sp.csr_matrix]]]
+    notes: dict[str, str]
+    missing: list[str]
+    file: str = ""
 
 
 def as_bool(values: pd.Series, where: str) -> pd.Series:
@@ -119,24 +93,27 @@ def as_bool(values: pd.Series, where: str) -> pd.Series:
     return words == "true"
 
 
+def as_text(values: pd.Series) -> pd.Categorical:
+    """A column as text categories; missing values are "unknown"."""
+    codes, categories = pd.factorize(values, use_na_sentinel=True, sort=True)
+    names = ["unknown" if name == "" else str(name) for name in categories]
+    text = np.array([*names, "unknown"], dtype=object)[codes]
+    return pd.Categorical(text)
+
+
 def census_obs(
-    h5ad: H5ad, dataset_id: str, extra_obs: list[str], ontologies: Ontologies | None
+    given: pd.DataFrame, dataset_id: str, extra_obs: list[str], ontologies: Ontologies | None, where: str
 ) -> tuple[pd.DataFrame, list[str]]:
     """The obs columns of the Census (without joinid and statistics) of one file, and those that it lacked.
 
     A text column that the file lacks, and a missing value, is "unknown"; a missing ``is_primary_data`` is True; a
     missing ``observation_joinid`` is the cell's own name, so that a cell can be traced back to its file.
     """
-    given, filled = h5ad.obs, []
-    obs = pd.DataFrame(index=given.index)
-    for field in OBS_SCHEMA:
-        name = field.name
-        if name in ("soma_joinid", "n_measured_vars", *STATISTICS):
-            continue
-        if name == "dataset_id":
-            obs[name] = pd.Categorical([dataset_id] * len(given))
-        elif name == "is_primary_data":
-            obs[name] = as_bool(given[name], str(h5ad.path)) if name in given else True
+    missing = []
+    obs = pd.DataFrame({"dataset_id": pd.Categorical([dataset_id] * len(given))}, index=given.index)
+    for name in (name for name in OBS_SCHEMA.names if name not in COMPUTED):
+        if name == "is_primary_data":
+            obs[name] = as_bool(given[name], where) if name in given else True
         elif name == "observation_joinid":
             obs[name] = given[name].astype(str) if name in given else given.index.astype(str)
         elif name in given:
@@ -148,74 +125,75 @@ def census_obs(
             names = {term: ontologies.label(term) for term in known}
             obs[name] = pd.Categorical(terms.map(general))
             obs["tissue_general"] = as_text(terms.map(general).map(names).fillna(obs["tissue"].astype(str)))
-            filled.remove("tissue_general")
+            missing.remove("tissue_general")
             continue
         else:
             obs[name] = pd.Categorical(["unknown"] * len(given))
-        if name not in given and name != "dataset_id":
-            filled.append(name)
+        if name not in given:
+            missing.append(name)
     for name in extra_obs:
-        if name in OBS_SCHEMA.names:
-            raise CellmillError(f"census.extra_obs names {name}, which a Census has anyway; leave it out")
         obs[name] = as_text(given[name]) if name in given else pd.Categorical(["unknown"] * len(given))
         if name not in given:
-            filled.append(name)
-    return obs, filled
+            missing.append(name)
+    return obs, missing
 
 
-def as_text(values: pd.Series) -> pd.Categorical:
-    """A column as text categories; missing values are "unknown"."""
-    codes, categories = pd.factorize(values, use_na_sentinel=True, sort=True)
-    names = ["unknown" if name == "" else str(name) for name in categories]
-    text = np.array([*names, "unknown"], dtype=object)[codes]
-    return pd.Categorical(text)
+def make_source(
+    dataset_id: str,
+    obs: pd.DataFrame,
+    var: pd.DataFrame,
+    chunks: Callable[[], Iterator[tuple[int, sp.csr_matrix]]],
+    genes: GeneTable,
+    organism: str,
+    *,
+    extra_obs: list[str] = (),
+    obs_columns: dict[str, list[str]] | None = None,
+    ontologies: Ontologies | None = None,
+    where: str | None = None,
+) -> Source:
+    """Complete the obs of a data set's cells and map its genes; no counts are read.
 
+    Parameters
+    ----------
+    dataset_id, organism
+        Names of the data set and of the organism.
+    obs, var
+        Cells and genes as in an h5ad, indexed by name.
+    chunks
+        Called, yields all counts in the order of `obs`: row of the first cell, CSR float32 [D, G], whole numbers.
+    genes
+        The organism's (`cellmill.census.genes.read_gene_table`).
+    extra_obs, obs_columns, ontologies
+        As in `build_census`.
+    where
+        The file, for errors.
 
-def read_source(path: Path, table: GeneTable, extra_obs: list[str], ontologies: Ontologies | None) -> Source:
-    """Open one file, check its cells and map its genes; reads no counts but the first rows."""
-    h5ad = open_h5ad(path)
-    mapping = map_genes(h5ad.var, table, str(path))
-    obs, filled = census_obs(h5ad, path.stem, extra_obs, ontologies)
-    mapping.insert(0, "dataset_id", path.stem)
-    return Source(h5ad, path.stem, obs, mapping, filled)
-
-
-def create_census(root: Path, organism: str, obs_schema: pa.Schema, n_obs: int, n_var: int, n_datasets: int) -> None:
-    """Create every collection, frame and array of the Census, empty, and close them."""
-    with soma.Collection.create(str(root)) as census:
-        census.add_new_collection("census_info")
-        experiment = census.add_new_collection("census_data").add_new_collection(organism, soma.Experiment)
-        rna = experiment.add_new_collection("ms").add_new_collection("RNA", soma.Measurement)
-        experiment.add_new_dataframe(
-            "obs", schema=obs_schema, index_column_names=["soma_joinid"], domain=[(0, n_obs - 1)]
-        )
-        rna.add_new_dataframe("var", schema=VAR_SCHEMA, index_column_names=["soma_joinid"], domain=[(0, n_var - 1)])
-        rna.add_new_collection("X").add_new_sparse_ndarray(
-            "raw", type=pa.float32(), shape=(n_obs, n_var), platform_config=X_CONFIG
-        )
-        rna.add_new_sparse_ndarray("feature_dataset_presence_matrix", type=pa.bool_(), shape=(n_datasets, n_var))
-
-
-def write_table(uri: Path, table: pa.Table) -> None:
-    """Write a frame that exists, through a handle of its own."""
-    with soma.DataFrame.open(str(uri), "w") as frame:
-        frame.write(table)
-
-
-def add_table(folder: Path, name: str, table: pa.Table) -> None:
-    """Create and write a frame of census_info, indexed by soma_joinid."""
-    table = table.add_column(0, "soma_joinid", pa.array(np.arange(len(table))))
-    with soma.Collection.open(str(folder), "w") as parent:
-        parent.add_new_dataframe(
-            name, schema=table.schema, index_column_names=["soma_joinid"], domain=[(0, max(len(table) - 1, 0))]
-        )
-    write_table(folder / name, table)
+    Raises
+    ------
+    CellmillError
+        No gene maps, a gene name stands twice, or ``is_primary_data`` holds something else than True and False.
+    """
+    where = where or dataset_id
+    taken = {
+        name: next(column for column in columns if column in obs)
+        for name, columns in (obs_columns or {}).items()
+        if name not in obs and any(column in obs for column in columns)
+    }
+    mapping = map_genes(var, genes, where)
+    mapping.insert(0, "dataset_id", dataset_id)
+    mapping.insert(1, "organism", organism)
+    given = obs.assign(**{name: obs[column] for name, column in taken.items()})
+    full, missing = census_obs(given, dataset_id, list(extra_obs), ontologies, where)
+    notes = {"filled_columns": ", ".join(missing)} if missing else {}
+    if taken:
+        notes["columns_from"] = ", ".join(f"{name}: {column}" for name, column in taken.items())
+    return Source(dataset_id, organism, full, mapping, chunks, notes, missing)
 
 
 def write_counts(
-    x_uri: Path, sources: list[Source], gene_rows: pd.Series, quiet: bool
+    x_uri: Path, sources: list[Source], gene_rows: pd.Series, progress: Progress, done: int
 ) -> tuple[list[pd.DataFrame], np.ndarray]:
-    """Stream the counts of all data sets into X/raw.
+    """Stream the counts of an organism's data sets into X/raw; `done` cells are those of earlier organisms.
 
     Returns
     -------
@@ -225,41 +203,38 @@ def write_counts(
         Number of cells of each data set with a count of each gene.
     """
     statistics, nnz_SV, first = [], np.zeros((len(sources), len(gene_rows)), dtype=np.int64), 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with soma.SparseNDArray.open(str(x_uri), "w") as x, Progress(*columns, disable=quiet) as progress:
-        bar = progress.add_task("cells into the Census", total=sum(len(source.obs) for source in sources))
+    with soma.SparseNDArray.open(str(x_uri), "w") as x:
         for at, source in enumerate(sources):
             rows_G = source.mapping["feature_id"].map(gene_rows).fillna(-1).to_numpy(dtype=np.int64)
+            is_merged = bool((source.mapping["n_merged"] > 1).any())
             totals_G, parts = np.zeros(len(rows_G)), []
-            for start, counts_DG in read_chunks(source.h5ad):
+            for start, counts_DG in source.chunks():
                 totals_G += np.bincount(counts_DG.indices, weights=counts_DG.data, minlength=len(rows_G))
-                counts_DV = to_census_genes(counts_DG, rows_G, len(gene_rows))
+                counts_DV = to_census_genes(counts_DG, rows_G, len(gene_rows), is_merged)
                 nnz_SV[at] += np.bincount(counts_DV.indices, minlength=len(gene_rows))
                 parts.append(cell_statistics(counts_DV))
-                cells = np.repeat(np.arange(counts_DV.shape[0]), np.diff(counts_DV.indptr)) + first + start
-                x.write(
-                    pa.table(
-                        {
-                            "soma_dim_0": cells.astype(np.int64),
-                            "soma_dim_1": counts_DV.indices.astype(np.int64),
-                            "soma_data": counts_DV.data,
-                        }
-                    )
-                )
-                progress.advance(bar, counts_DV.shape[0])
+                write_chunk(x, first + start, counts_DV)
+                progress.update(done + first + start + counts_DV.shape[0])
             source.mapping["counts"] = totals_G
             statistics.append(pd.concat(parts, ignore_index=True))
+            if len(statistics[-1]) != len(source.obs):
+                raise CellmillError(
+                    f"data set {source.dataset_id} gave the counts of {len(statistics[-1])} cells for the "
+                    f"{len(source.obs)} of its obs; give all of them, in the same order"
+                )
             first += len(source.obs)
     return statistics, nnz_SV
 
 
-def to_census_genes(counts_DG: sp.csr_matrix, rows_G: np.ndarray, n_var: int) -> sp.csr_matrix:
-    """Counts over the Census's genes, sorted: unmapped genes dropped, genes of one id summed, no stored zeros."""
-    cells = np.repeat(np.arange(counts_DG.shape[0]), np.diff(counts_DG.indptr))
+def to_census_genes(counts_DG: sp.csr_matrix, rows_G: np.ndarray, n_var: int, is_merged: bool) -> sp.csr_matrix:
+    """Counts over the Census's genes: unmapped genes dropped, genes of one id summed, no stored zeros."""
     rows = rows_G[counts_DG.indices]
     kept = (rows >= 0) & (counts_DG.data != 0)
-    counts_DV = sp.csr_matrix((counts_DG.data[kept], (cells[kept], rows[kept])), shape=(counts_DG.shape[0], n_var))
-    counts_DV.sum_duplicates()
+    ends = np.concatenate([[0], np.cumsum(kept)])[counts_DG.indptr]
+    shape = (counts_DG.shape[0], n_var)
+    counts_DV = sp.csr_matrix((counts_DG.data[kept], rows[kept], ends), shape=shape)
+    if is_merged or not counts_DG.has_canonical_format:
+        counts_DV.sum_duplicates()
     return counts_DV
 
 
@@ -277,7 +252,7 @@ def cell_statistics(counts_DV: sp.csr_matrix) -> pd.DataFrame:
 def obs_table(
     sources: list[Source], statistics: list[pd.DataFrame], n_measured: np.ndarray, schema: pa.Schema
 ) -> pa.Table:
-    """The obs of all data sets, one after the other."""
+    """The obs of all data sets of an organism, one after the other."""
     columns = {"soma_joinid": np.arange(sum(len(source.obs) for source in sources))}
     for field in schema:
         if pa.types.is_dictionary(field.type):
@@ -295,146 +270,32 @@ def obs_table(
     return pa.table(columns, schema=schema)
 
 
-def summary_table(obs: pa.Table, organism: str, sources: list[Source]) -> pa.Table:
-    """Label and value rows of census_info/summary; the last ones say which columns a data set lacked."""
-    donors = dict.fromkeys(("homo_sapiens", "mus_musculus"), 0)
-    pairs = obs.select(["dataset_id", "donor_id"]).to_pandas().drop_duplicates()
-    donors[organism] = int((~pairs["donor_id"].isin(["pooled", "unknown"])).sum())
-    rows = {
-        "census_schema_version": SCHEMA_VERSION,
-        "census_build_date": datetime.date.today().isoformat(),
-        "dataset_schema_version": DATASET_SCHEMA_VERSION,
-        "total_cell_count": len(obs),
-        "unique_cell_count": int(np.sum(obs["is_primary_data"].to_numpy())),
-    }
-    rows |= {f"number_donors_{name}": count for name, count in donors.items()}
-    rows |= {f"counts_from {source.dataset_id}": source.h5ad.layer for source in sources}
-    rows |= {f"filled_columns {source.dataset_id}": ", ".join(source.filled) for source in sources if source.filled}
-    return pa.table({"label": list(rows), "value": [str(value) for value in rows.values()]})
-
-
-def datasets_table(sources: list[Source]) -> pa.Table:
-    """One row per data set; what only CELLxGENE could say is empty."""
-    columns = {name: [""] * len(sources) for name in DATASET_COLUMNS}
-    columns["dataset_id"] = columns["dataset_title"] = [source.dataset_id for source in sources]
-    columns["dataset_h5ad_path"] = [source.h5ad.path.name for source in sources]
-    columns["dataset_total_cell_count"] = [len(source.obs) for source in sources]
-    return pa.table(columns)
-
-
-def cell_counts_table(obs: pa.Table, organism: str) -> pa.Table:
-    """Cells and primary cells per value of the main columns of obs."""
-    label = ORGANISMS[organism][0]
-    is_primary = obs["is_primary_data"].to_numpy()
-    rows = [(label, "all", "na", "na", len(obs), int(is_primary.sum()))]
-    for category in COUNTED:
-        term = f"{category}_ontology_term_id"
-        frame = obs.select([name for name in (category, term) if name in obs.column_names]).to_pandas()
-        frame = frame.astype(str).assign(primary=is_primary)
-        if term not in frame:
-            frame[term] = "na"
-        counts = frame.groupby([category, term])["primary"].agg(["size", "sum"])
-        rows += [(label, category, *key, int(size), int(primary)) for key, size, primary in counts.itertuples()]
-    names = ("organism", "category", "label", "ontology_term_id", "total_cell_count", "unique_cell_count")
-    return pa.table(dict(zip(names, zip(*rows, strict=True), strict=True)))
-
-
-def check_target(out: Path) -> None:
-    """Refuse to replace anything that is not a Census."""
-    if out.exists() and not (out / "census_info").is_dir() and (not out.is_dir() or any(out.iterdir())):
-        raise CellmillError(f"{out} exists and is no Census; remove it or name another place for the Census")
-
-
-def build_census(
-    h5ads: list[Path],
-    gene_table: Path,
-    out: Path,
-    *,
-    organism: str = "homo_sapiens",
+def write_experiment(
+    root: Path,
+    organism: str,
+    sources: dict[int, Source],
+    n_datasets: int,
+    genes: pd.DataFrame,
     extra_obs: list[str],
-    mapping: Path,
-    wheels: Path | None = None,
-    quiet: bool = False,
-) -> None:
-    """Build a private Census from .h5ad files.
-
-    Cells keep the order of the files and of their rows, so the joinids of a data set are contiguous. The Census appears
-    under `out` when it is whole: a killed build leaves only ``OUT.partial``, which the next build removes.
-
-    Parameters
-    ----------
-    h5ads
-        The files; the name of a file without ``.h5ad`` is its ``dataset_id``.
-    gene_table
-        From `cellmill.census.wheels.write_gene_table`, or one of the same columns.
-    out
-        Folder of the Census.
-    organism
-        One of the Census's five, such as ``homo_sapiens``.
-    extra_obs
-        Columns of obs to keep beyond the Census's, as text, at the end.
-    mapping
-        Parquet to write: what every input gene was mapped to and how, with its counts (`cellmill.census.genes`).
-    wheels
-        Folder with the cellxgene-ontology-guide wheel, from which a missing ``tissue_general`` is filled.
-    quiet
-        Show no progress bar.
-
-    Raises
-    ------
-    CellmillError
-        If no file is given, two share a name, one is unreadable, empty or holds no raw counts, no gene maps, a gene
-        name stands twice, no file has a column of `extra_obs`, or the disk is full.
-    """
-    if organism not in ORGANISMS:
-        raise CellmillError(f"'{organism}' is not an organism of the Census; it may be {', '.join(ORGANISMS)}")
-    if not h5ads:
-        raise CellmillError("no .h5ad file was given; a Census needs at least one")
-    names = [path.stem for path in h5ads]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise CellmillError(f"two files are called {twice[0]}.h5ad; a file's name is its dataset_id, so rename one")
-    check_target(out)
-    table = read_gene_table(gene_table)
-    ontologies = None if wheels is None else Ontologies(wheels)
-    sources = [read_source(path, table, extra_obs, ontologies) for path in h5ads]
-    for name in extra_obs:
-        if all(name in source.filled for source in sources):
-            known = sorted(set().union(*(source.h5ad.obs.columns for source in sources)))
-            raise CellmillError(f"census.extra_obs names '{name}', a column of no file's obs{suggest(name, known)}")
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write_census(partial, sources, table.genes, organism, extra_obs, quiet)
-        write_mapping(pd.concat([source.mapping for source in sources], ignore_index=True), mapping)
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(partial, out)
-    except (OSError, RuntimeError, soma.SOMAError) as error:  # tiledbsoma raises RuntimeError when a group is closed
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise CellmillError(f"the disk is full while {out} is built; free some space and run again") from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def write_census(
-    root: Path, sources: list[Source], table: pd.DataFrame, organism: str, extra_obs: list[str], quiet: bool
-) -> None:
-    """Write all of the Census under `root`."""
+    progress: Progress,
+    done: int,
+) -> pa.Table:
+    """Write one organism, of the data sets `sources` by joinid; returns its obs."""
+    datasets, sources = list(sources), list(sources.values())
     ids = set().union(*(source.mapping["feature_id"].dropna() for source in sources))
-    genes = table[table.index.isin(ids)]
+    genes = genes[genes.index.isin(ids)]
     gene_rows = pd.Series(np.arange(len(genes)), index=genes.index)
     sizes = np.array([len(source.obs) for source in sources])
     schema = pa.schema([*OBS_SCHEMA, *((name, TEXT) for name in extra_obs)])
-    create_census(root, organism, schema, int(sizes.sum()), len(genes), len(sources))
-    rna = root / "census_data" / organism / "ms" / "RNA"
+    create_experiment(root, organism, schema, int(sizes.sum()), len(genes), n_datasets)
+    experiment = root / "census_data" / organism
+    rna = experiment / "ms" / "RNA"
 
-    statistics, nnz_SV = write_counts(rna / "X" / "raw", sources, gene_rows, quiet)
+    statistics, nnz_SV = write_counts(rna / "X" / "raw", sources, gene_rows, progress, done)
     # The Census calls a gene measured in a data set if one of its cells has a count of it.
     present_SV = nnz_SV > 0
     obs = obs_table(sources, statistics, present_SV.sum(axis=1), schema)
-    write_table(root / "census_data" / organism / "obs", obs)
+    write_table(experiment / "obs", obs)
     var = {
         "soma_joinid": np.arange(len(genes)),
         "feature_id": genes.index,
@@ -445,22 +306,191 @@ def write_census(
         "n_measured_obs": sizes @ present_SV,
     }
     write_table(rna / "var", pa.table({name: np.asarray(values) for name, values in var.items()}, schema=VAR_SCHEMA))
-    dataset, gene = np.nonzero(present_SV)
-    with soma.SparseNDArray.open(str(rna / "feature_dataset_presence_matrix"), "w") as presence:
-        presence.write(
-            pa.table({"soma_dim_0": dataset, "soma_dim_1": gene, "soma_data": np.ones(len(gene), dtype=bool)})
-        )
-
-    info = root / "census_info"
-    add_table(info, "summary", summary_table(obs, organism, sources))
-    add_table(info, "datasets", datasets_table(sources))
-    add_table(info, "summary_cell_counts", cell_counts_table(obs, organism))
-    label, taxon = ORGANISMS[organism]
-    columns = {"organism_ontology_term_id": [taxon], "organism_label": [label], "organism": [organism]}
-    add_table(info, "organisms", pa.table(columns))
+    write_presence(rna / "feature_dataset_presence_matrix", datasets, present_SV)
+    return obs
 
 
 def write_mapping(mapping: pd.DataFrame, path: Path) -> None:
     """Write the gene mapping as parquet."""
     with atomic(path) as temporary:
         pq.write_table(pa.Table.from_pandas(mapping, preserve_index=False), temporary)
+
+
+def write_census(
+    sources: list[Source],
+    genes: dict[str, GeneTable],
+    out: Path,
+    *,
+    extra_obs: list[str] = (),
+    mapping: Path,
+    quiet: bool = False,
+) -> None:
+    """Write a Census of data sets whose counts come in chunks, from files or from a program.
+
+    Cells keep the order of the sources and of their rows. Memory holds one chunk and the obs of all cells. The Census
+    appears under `out` when it is whole: a killed build leaves only ``OUT.partial``, which the next one removes.
+
+    Parameters
+    ----------
+    sources
+        From `make_source`, with unique ``dataset_id``.
+    genes
+        By organism; its order is that of the Census's genes.
+    out
+        Folder of the Census.
+    extra_obs
+        Columns beyond the Census's that the sources were made with.
+    mapping
+        Parquet to write: what every input gene was mapped to and how, with its counts.
+    quiet
+        Show no progress.
+
+    Raises
+    ------
+    CellmillError
+        `out` holds something else than a Census, a source's counts are no raw counts, or the disk is full.
+    """
+    if out.exists() and not (out / "census_info").is_dir() and (not out.is_dir() or any(out.iterdir())):
+        raise CellmillError(f"{out} exists and is no Census; remove it or name another place for the Census")
+    root = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(root, ignore_errors=True)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    sizes = [len(source.obs) for source in sources]
+    try:
+        create_census(root)
+        obs, done = {}, 0
+        with Progress("cells into the Census", sum(sizes), show=not quiet) as progress:
+            for organism in sorted({source.organism for source in sources}):
+                own = {joinid: source for joinid, source in enumerate(sources) if source.organism == organism}
+                table = genes[organism].genes
+                obs[organism] = write_experiment(
+                    root, organism, own, len(sources), table, list(extra_obs), progress, done
+                )
+                done += len(obs[organism])
+        notes = {f"{key} {source.dataset_id}": said for source in sources for key, said in source.notes.items()}
+        info = root / "census_info"
+        add_table(info, "summary", summary_table(obs, notes))
+        names, files = zip(*((source.dataset_id, source.file) for source in sources), strict=True)
+        add_table(info, "datasets", datasets_table(list(names), list(files), sizes))
+        add_table(info, "summary_cell_counts", cell_counts_table(obs))
+        add_table(info, "organisms", organisms_table(list(obs)))
+        write_mapping(pd.concat([source.mapping for source in sources], ignore_index=True), mapping)
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(root, out)
+    except (OSError, RuntimeError, soma.SOMAError) as error:  # tiledbsoma raises RuntimeError when a group is closed
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise CellmillError(f"the disk is full while {out} is built; free some space and run again") from error
+        raise
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def check_columns(h5ads: list[H5ad], extra_obs: list[str], obs_columns: dict[str, list[str]]) -> None:
+    """Refuse columns that no file has, and names that may not be filled."""
+    known = sorted(set().union(*(h5ad.obs.columns for h5ad in h5ads)))
+    for name in extra_obs:
+        if name in OBS_SCHEMA.names:
+            raise CellmillError(f"census.extra_obs names {name}, which a Census has anyway; leave it out")
+        if name not in known and name not in obs_columns:
+            raise CellmillError(f"census.extra_obs names '{name}', a column of no file's obs{suggest(name, known)}")
+    fillable = [name for name in (*OBS_SCHEMA.names, *extra_obs) if name not in COMPUTED]
+    for name, columns in obs_columns.items():
+        if name not in fillable:
+            raise CellmillError(
+                f"census.obs_columns fills '{name}', which is neither a column that a Census takes from files nor one "
+                f"of census.extra_obs{suggest(name, fillable)}"
+            )
+        for column in columns:
+            if column not in known:
+                raise CellmillError(
+                    f"census.obs_columns.{name} names '{column}', a column of no file's obs{suggest(column, known)}"
+                )
+
+
+def organism_of(h5ad: H5ad, default: str, file_organisms: dict[str, str]) -> str:
+    """The organism of a file: what `file_organisms` says, else the file itself, else `default`."""
+    name = h5ad.path.stem
+    if name in file_organisms:
+        return check_organism(file_organisms[name], f"census.file_organisms.{name}:")
+    return said_organism(h5ad.uns, h5ad.obs, str(h5ad.path)) or default
+
+
+def build_census(
+    h5ads: list[Path],
+    gene_tables: dict[str, Path],
+    out: Path,
+    *,
+    organism: str = "homo_sapiens",
+    file_organisms: dict[str, str] | None = None,
+    extra_obs: list[str],
+    obs_columns: dict[str, list[str]] | None = None,
+    mapping: Path,
+    wheels: Path | None = None,
+    quiet: bool = False,
+) -> None:
+    """Build a private Census from .h5ad files, one Experiment per organism that they hold.
+
+    Cells keep the order of the files and of their rows, so the joinids of a data set are contiguous. See `write_census`
+    for what a killed build leaves.
+
+    Parameters
+    ----------
+    h5ads
+        The files; the name of a file without ``.h5ad`` is its ``dataset_id``.
+    gene_tables
+        By organism: from `cellmill.census.wheels.write_gene_table`, or of the same columns.
+    out
+        Folder of the Census.
+    organism
+        Organism of the files that do not say theirs (`cellmill.census.organisms.said_organism`).
+    file_organisms
+        By ``dataset_id``: organisms of single files, whatever they say.
+    extra_obs
+        Columns of obs to keep beyond the Census's, as text, at the end.
+    obs_columns
+        By column of the Census (or of `extra_obs`): columns of files that fill it, the first that a file has; a file
+        that has the column itself keeps its own.
+    mapping
+        Parquet to write: what every input gene was mapped to and how, with its counts (`cellmill.census.genes`).
+    wheels
+        Folder with the cellxgene-ontology-guide wheel, from which a missing ``tissue_general`` is filled.
+    quiet
+        Show no progress.
+
+    Raises
+    ------
+    CellmillError
+        If no file is given, two share a name, one is unreadable, empty or holds no raw counts, its organism is unknown
+        or has no gene table, it is of several organisms, no gene maps, a gene name stands twice, no file has a column
+        of `extra_obs` or `obs_columns`, or the disk is full.
+    """
+    file_organisms, obs_columns = file_organisms or {}, obs_columns or {}
+    organism = check_organism(organism, "the organism")
+    if not h5ads:
+        raise CellmillError("no .h5ad file was given; a Census needs at least one")
+    names = [path.stem for path in h5ads]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise CellmillError(f"two files are called {twice[0]}.h5ad; a file's name is its dataset_id, so rename one")
+    for name in file_organisms:
+        if name not in names:
+            raise CellmillError(f"census.file_organisms names '{name}', but no file is called so{suggest(name, names)}")
+    genes = {name: read_gene_table(path) for name, path in gene_tables.items()}
+    ontologies = None if wheels is None else Ontologies(wheels)
+    opened = [open_h5ad(path) for path in h5ads]
+    check_columns(opened, extra_obs, obs_columns)
+    sources = []
+    for h5ad in opened:
+        own, where = organism_of(h5ad, organism, file_organisms), str(h5ad.path)
+        if own not in genes:
+            raise CellmillError(
+                f"{where} is of {own}, of which no gene table is at hand ({', '.join(genes) or 'there is none'}); name "
+                f"one in census.gene_tables.{own}, add the organism to the run, or leave the file out"
+            )
+        source = make_source(
+            *(h5ad.path.stem, h5ad.obs, h5ad.var, partial(read_chunks, h5ad), genes[own], own),
+            **{"extra_obs": extra_obs, "obs_columns": obs_columns, "ontologies": ontologies, "where": where},
+        )
+        notes = {"counts_from": h5ad.layer, **source.notes}
+        sources.append(replace(source, notes=notes, file=h5ad.path.name))
+    write_census(sources, genes, out, extra_obs=extra_obs, mapping=mapping, quiet=quiet)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from cellmill.errors import CellmillError
@@ -59,7 +60,7 @@ def read_gene_table(path: Path) -> GeneTable:
         If the file is absent, has other columns, or names an id twice.
     """
     if not path.is_file():
-        raise CellmillError(f"the gene table {path} does not exist; name one in census.gene_table or leave it out")
+        raise CellmillError(f"the gene table {path} does not exist; name one in census.gene_tables or leave it out")
     try:
         table = pd.read_csv(path, header=None, keep_default_na=False, dtype=str)
     except (OSError, EOFError, ValueError) as error:
@@ -97,13 +98,23 @@ def names_to_ids(names: pd.Series) -> dict[str, str | None]:
     return known
 
 
+def in_capitals(known: dict[str, str | None]) -> dict[str, str | None]:
+    """The same in capitals; what only then becomes a name of several ids has None."""
+    folded = {}
+    for name, feature_id in known.items():
+        capitals = name.upper()
+        folded[capitals] = feature_id if folded.get(capitals, feature_id) == feature_id else None
+    return folded
+
+
 def map_genes(var: pd.DataFrame, table: GeneTable, where: str) -> pd.DataFrame:
     """Map the genes of one data set to ids of the gene table.
 
     For each gene the first of these that the table knows: an Ensembl id (in the index or any text column of `var`, its
     version suffix cut off), a current symbol (in the index or a column such as ``feature_name``), an alias; names are
-    also tried with R's dots read as hyphens. A symbol or alias of several ids is ambiguous and maps to none, unless one
-    of them owns it (`cellmill.census.wheels.write_gene_table`).
+    also tried with R's dots read as hyphens and, if all of a column are in capitals, against the table's in capitals
+    (GAPDH for the mouse's Gapdh). A symbol or alias of several ids is ambiguous and maps to none, unless one of them
+    owns it (`cellmill.census.wheels.write_gene_table`).
 
     Parameters
     ----------
@@ -149,16 +160,22 @@ def map_genes(var: pd.DataFrame, table: GeneTable, where: str) -> pd.DataFrame:
     named = [genes, *(text[name] for name in SYMBOL_COLUMNS if name in text)]
     # R turns the hyphen of a name into a dot (HLA.A), unless told not to.
     named.append(genes.str.replace(".", "-", regex=False))
+    shouted = [column for column in named if column.str.upper().equals(column)]
     for kind, known in (("symbol", table.symbols), ("alias", table.aliases)):
-        for column in named:
-            open_ = feature_id.isna() & (how == "none") & column.isin(known)
-            feature_id[open_] = column[open_].map(known)
-            how[open_] = feature_id[open_].notna().map({True: kind, False: "ambiguous"})
+        tries = [(column, known) for column in named]
+        if shouted:
+            capitals = in_capitals(known)
+            tries += [(column, capitals) for column in shouted]
+        for column, names in tries:
+            fits = feature_id.isna() & (how == "none") & np.array([name in names for name in column])
+            feature_id[fits] = column[fits].map(names.get)
+            how[fits] = feature_id[fits].notna().map({True: kind, False: "ambiguous"})
 
     if feature_id.isna().all():
         raise CellmillError(
             f"{where}: none of its {len(genes)} genes ({', '.join(genes[:3])}, ...) is an Ensembl id, a symbol or an "
-            "alias of the gene table; name the genes by either, or give the organism's own table in census.gene_table"
+            "alias of the gene table; name the genes by either, say of which organism they are, or give the organism's "
+            "own table in census.gene_tables"
         )
     mapping = pd.DataFrame({"gene": genes, "feature_id": feature_id.where(feature_id.notna(), None), "how": how})
     mapping["n_merged"] = feature_id.map(feature_id.value_counts()).fillna(0).astype("int64")

