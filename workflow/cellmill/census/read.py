@@ -17,7 +17,7 @@ SEPARATOR = " || "
 
 
 @contextmanager
-def open_census(census: Census, path: Path | None) -> Iterator[soma.Collection]:
+def open_census(census: Census, path: Path | None, buffer_mb: int | None = None) -> Iterator[soma.Collection]:
     """Open a Census through `cellxgene_census.open_soma`.
 
     Parameters
@@ -26,6 +26,8 @@ def open_census(census: Census, path: Path | None) -> Iterator[soma.Collection]:
         The config's section: the version of the public Census and the size of the read buffers.
     path
         Folder of a Census on disk; None opens the public one. Never fork after opening.
+    buffer_mb
+        Size of each column's read buffer, where it shall not be the config's.
 
     Yields
     ------
@@ -34,9 +36,10 @@ def open_census(census: Census, path: Path | None) -> Iterator[soma.Collection]:
     Raises
     ------
     CellmillError
-        If the folder is missing or no Census, the version is unknown, or the network is away.
+        If the folder is missing or no Census, the version is unknown, the network is away, or the Census cannot be
+        read while it is open.
     """
-    buffer = census.buffer_mb * 1024**2
+    buffer = (buffer_mb or census.buffer_mb) * 1024**2
     config = {"soma.init_buffer_bytes": buffer, "py.init_buffer_bytes": buffer}
     if path is None:
         opened = _open_public(census.version, config)
@@ -52,7 +55,14 @@ def open_census(census: Census, path: Path | None) -> Iterator[soma.Collection]:
     with opened:
         if "census_data" not in opened or "census_info" not in opened:
             raise CellmillError(f"{path} is a SOMA object but no Census: it lacks census_info or census_data")
-        yield opened
+        try:
+            yield opened
+        except soma.SOMAError as error:
+            name = f"the Census at {path}" if path else f"the public Census {census.version}"
+            raise CellmillError(
+                f"{name} could not be read to the end ({' '.join(str(error).split())}); see that it is whole and "
+                "within reach, then run again: what is finished is kept"
+            ) from error
 
 
 def _open_public(version: str, config: dict) -> soma.Collection:
@@ -74,7 +84,7 @@ def organism_obs(census: soma.Collection, organism: str) -> soma.DataFrame:
     """The obs of an organism; an organism that the Census lacks is a `CellmillError`."""
     if organism not in census["census_data"]:
         known = ", ".join(sorted(census["census_data"]))
-        raise CellmillError(f"the Census holds no organism '{organism}'; corpus.organism may be {known}")
+        raise CellmillError(f"the Census holds no organism '{organism}'; corpus.organisms may be {known}")
     return census["census_data"][organism].obs
 
 
@@ -110,8 +120,9 @@ def check_terms(census: soma.Collection, organism: str, terms: dict[str, list]) 
     Returns
     -------
     dict
-        The terms with the values as the Census spells them: a cell with several values (``"A || B"``) is selected by
-        each of them, so "A" becomes "A" and "A || B". Made for `value_filter`.
+        The same columns with all values that the terms stand for: where cells may have several values joined by
+        ` || `, a value stands for every combination that it is part of. A value that only another organism of the
+        Census has stays as it is: here it stands for no cell.
 
     Raises
     ------
@@ -127,19 +138,35 @@ def check_terms(census: soma.Collection, organism: str, terms: dict[str, list]) 
         if not wanted:
             raise CellmillError(f"the filter on '{column}' names no value; give at least one or leave the column out")
         known = known_values(obs, column)
-        parts = {value: value.split(SEPARATOR) if isinstance(value, str) else [value] for value in known}
-        single = {part for split in parts.values() for part in split}
         for value in wanted:
             if isinstance(value, bool) != (known == [False, True]):
                 kind = "text; put it in quotes" if isinstance(value, bool) else "true or false, without quotes"
                 raise CellmillError(f"the filter on '{column}' has {value!r}, but the column holds {kind}")
-            if value not in single and value not in parts:
-                raise CellmillError(
-                    f"no cell of the Census has {column} '{value}'{suggest(str(value), [str(name) for name in single])}"
-                )
+        parts = {value: _parts(value) for value in known}
+        here = {part for split in parts.values() for part in split}
+        absent = [value for value in wanted if value not in here]
+        elsewhere = values_elsewhere(census, organism, column) if absent else set()
+        for value in absent:
+            if value not in elsewhere:
+                close = suggest(str(value), [str(name) for name in here | elsewhere])
+                raise CellmillError(f"no cell of the Census has {column} '{value}'{close}")
         chosen = set(wanted)
-        checked[column] = [value for value, split in parts.items() if value in chosen or chosen & set(split)]
+        checked[column] = [value for value, split in parts.items() if chosen & split] + absent
     return checked
+
+
+def values_elsewhere(census: soma.Collection, organism: str, column: str) -> set:
+    """What the other organisms of the Census have in a column of obs: values, and parts of joined ones."""
+    values = set()
+    for other, experiment in census["census_data"].items():
+        if other != organism and column in experiment.obs.schema.names:
+            values.update(part for value in known_values(experiment.obs, column) for part in _parts(value))
+    return values
+
+
+def _parts(value: str | bool) -> set:
+    """A value and, where it is several joined ones, each of them."""
+    return {value, *value.split(SEPARATOR)} if isinstance(value, str) else {value}
 
 
 def suggest(word: str, known: list[str]) -> str:
