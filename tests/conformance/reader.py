@@ -30,10 +30,11 @@ def read_shard(folder: Path, shard: dict, n_vocabulary: int):
     assert file.metadata.metadata[b"cellmill.format"] == b"cellmill-shard"
     assert file.metadata.metadata[b"cellmill.version"] == b"1"
     assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == shard["row_groups"]
-    assert file.schema_arrow.names[-3:] == ["genes", "counts", "counts_overflow"]
+    assert file.schema_arrow.names[-4:] == ["genes", "genes_overflow", "counts", "counts_overflow"]
     nonzeros = cells = 0
     for row in file.read().to_pylist():
-        genes, counts = unpack(row.pop("genes"), row.pop("counts"), row.pop("counts_overflow"), row["n_genes"])
+        packed = {name: row.pop(name) for name in ("genes", "genes_overflow", "counts", "counts_overflow")}
+        genes, counts = unpack(**packed, n=row["n_genes"])
         assert genes == sorted(set(genes))
         assert not genes or genes[-1] < n_vocabulary
         assert row["total_counts"] >= sum(counts)
@@ -44,10 +45,17 @@ def read_shard(folder: Path, shard: dict, n_vocabulary: int):
     assert (cells, nonzeros) == (shard["cells"], shard["nonzeros"])
 
 
-def unpack(genes: bytes, counts: bytes, counts_overflow: bytes, n: int) -> tuple[list[int], list[int]]:
+def unpack(
+    genes: bytes, genes_overflow: bytes, counts: bytes, counts_overflow: bytes, n: int
+) -> tuple[list[int], list[int]]:
     """The gene ids and counts of one cell."""
-    ids = list(accumulate(struct.unpack(f"<{n}H", genes)))
-    bytes_ = struct.unpack(f"<{n}B", counts)
-    large = list(struct.unpack(f"<{bytes_.count(255)}I", counts_overflow))
-    assert 0 not in bytes_
-    return ids, [large.pop(0) if value == 255 else value for value in bytes_]
+    assert len(genes) == len(counts) == n
+    assert 0 not in counts
+    assert 0 not in genes[1:]
+    return list(accumulate(widen(genes, genes_overflow, "H"))), widen(counts, counts_overflow, "I")
+
+
+def widen(values: bytes, overflow: bytes, wide: str) -> list[int]:
+    """The numbers of one packed column of a cell; in place of every byte 255 one of the overflow."""
+    large = iter(struct.unpack(f"<{values.count(255)}{wide}", overflow))
+    return [next(large) if value == 255 else value for value in values]

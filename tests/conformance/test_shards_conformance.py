@@ -61,8 +61,26 @@ def test_example_of_the_page():
     assert {name: array[0].as_py() for name, array in encode_cells(cells).items()} == packed
 
 
+COLUMNS = ["cell_type", "library", "n_genes"]
+
+
+def test_duckdb_reads_the_metadata(folder):
+    duckdb = pytest.importorskip("duckdb")
+    asked = f"SELECT cell_type, count(*), sum(n_genes) FROM '{folder}/train-*.parquet' GROUP BY cell_type"
+    obs = Shards(folder).obs("train").to_pandas()
+    assert {row[0]: row[1:] for row in duckdb.sql(asked).fetchall()} == {
+        name: (len(group), group["n_genes"].sum()) for name, group in obs.groupby("cell_type", observed=True)
+    }
+
+
+def test_polars_reads_the_metadata(folder):
+    polars = pytest.importorskip("polars")
+    frame = polars.read_parquet(folder / "train-*.parquet", columns=COLUMNS)
+    assert frame.rows() == [tuple(row.values()) for row in Shards(folder).obs("train", COLUMNS).to_pylist()]
+
+
 def test_pandas_reads_the_metadata(folder, data):
-    obs = pd.read_parquet(folder / "train-00000.parquet", columns=["cell_type", "library", "n_genes"])
+    obs = pd.read_parquet(folder / "train-00000.parquet", columns=COLUMNS)
     cells, expected = real_cells(data, "baron_h1")
     assert obs["cell_type"].tolist() == expected["cell_type"].to_pylist()[:700]
     assert obs["n_genes"].tolist() == cells.lengths[:700].tolist()

@@ -269,23 +269,31 @@ def test_truncated_missing_and_foreign_files(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("column", "values", "said"),
+    ("change", "said"),
     [
-        ("n_genes", pa.array([2, 2], pa.int32()), "lengths of genes, counts and n_genes differ"),
-        ("genes", [b"\x01\x00", b"\x02\x00"], "lengths of genes, counts and n_genes differ"),
-        ("genes", [b"\x01\x00\x00\x00", b"\x02\x00"], "do not ascend"),
-        ("genes", [b"\xff\xff\x01\x00", b"\x02\x00"], "gene id 65536 lies beyond the vocabulary of 65536"),
-        ("counts", [b"\x02\x00", b"\x01"], "counts_overflow does not match"),
-        ("counts", [b"\x02\xff", b"\x00"], "a count is zero"),
-        ("counts_overflow", [b"", b"\x2c\x01\x00\x00"], "counts_overflow does not match"),
+        ({"n_genes": [2, 2]}, "lengths of genes, counts and n_genes differ"),
+        ({"genes": [b"\x01", b"\x02"]}, "lengths of genes, counts and n_genes differ"),
+        ({"genes": [b"\x01\x00", b"\x02"]}, "do not ascend"),
+        ({"genes": [b"\xff\x01", b"\x02"]}, "genes_overflow does not match the genes of 255"),
+        (
+            {"genes": [b"\xff\x01", b"\x02"], "genes_overflow": [b"\xff\xff", b""]},
+            "gene id 65536 lies beyond the vocabulary of 65536",
+        ),
+        ({"genes": [b"\x01\xff", b"\x02"], "genes_overflow": [b"\x00\x00", b""]}, "genes_overflow holds 0"),
+        ({"counts": [b"\x02\x01", b"\x01"]}, "counts_overflow does not match"),
+        ({"counts": [b"\x02\xff", b"\x00"]}, "a count is zero"),
+        ({"counts_overflow": [b"", b"\x2c\x01\x00\x00"]}, "counts_overflow does not match"),
+        ({"counts_overflow": [b"\x2c\x01\x00\x80", b""]}, "counts_overflow holds 2,147,483,948"),
     ],
 )
-def test_contradicting_columns(tmp_path, column, values, said):
+def test_contradicting_columns(tmp_path, change, said):
     path = tmp_path / "x.parquet"
     write(path, good)
     table = pq.read_table(path)
-    field = table.schema.field(column)
-    pq.write_table(table.set_column(table.schema.names.index(column), field, pa.array(values, field.type)), path)
+    for column, values in change.items():
+        field = table.schema.field(column)
+        table = table.set_column(table.schema.names.index(column), field, pa.array(values, field.type))
+    pq.write_table(table, path)
     with pytest.raises(CellmillError, match=said):
         read_shard(path)
 

@@ -43,8 +43,9 @@ OBS_STRINGS = (
 
 STRING = pa.dictionary(pa.int32(), pa.string())
 FROM_CELLS = ("soma_joinid", "total_counts", "n_genes")
-PACKED = ("genes", "counts", "counts_overflow")
+PACKED = ("genes", "genes_overflow", "counts", "counts_overflow")
 OVERFLOWN = 255
+"""The byte that says: the number is 255 or more and stands in the overflow."""
 
 
 def shard_schema(extra: list[str]) -> pa.Schema:
@@ -66,8 +67,8 @@ def encode_cells(cells: CellBatch) -> dict[str, pa.Array]:
     Returns
     -------
     dict
-        Binary arrays of B values: `genes` (uint16 differences of the ascending ids, the first one absolute), `counts`
-        (one byte each) and `counts_overflow` (uint32 for every byte of 255), all little-endian.
+        Binary arrays of B values: `genes` (differences of the ascending ids, the first one absolute) and `counts`, one
+        byte each, `genes_overflow` (uint16) and `counts_overflow` (uint32) for every byte of 255, little-endian.
 
     Raises
     ------
@@ -97,12 +98,17 @@ def encode_cells(cells: CellBatch) -> dict[str, pa.Array]:
     deltas_N = np.empty_like(genes_N)
     np.subtract(genes_N[1:], genes_N[:-1], out=deltas_N[1:])
     deltas_N[starts_E] = genes_N[starts_E]
-    bytes_N = np.minimum(counts_N, OVERFLOWN).astype(np.uint8)
+    return {**_bytes_of("genes", deltas_N, "<u2", offsets_B1), **_bytes_of("counts", counts_N, "<u4", offsets_B1)}
+
+
+def _bytes_of(name: str, values_N: np.ndarray, wide: str, offsets_B1: np.ndarray) -> dict[str, pa.Array]:
+    """One byte for each value, and those that it cannot hold."""
+    bytes_N = np.minimum(values_N, OVERFLOWN).astype(np.uint8)
     overflown_O = np.flatnonzero(bytes_N == OVERFLOWN)
+    overflow_B1 = np.dtype(wide).itemsize * np.searchsorted(overflown_O, offsets_B1)
     return {
-        "genes": _binary(deltas_N, 2 * offsets_B1),
-        "counts": _binary(bytes_N, offsets_B1),
-        "counts_overflow": _binary(counts_N[overflown_O].astype("<u4"), 4 * np.searchsorted(overflown_O, offsets_B1)),
+        name: _binary(bytes_N, offsets_B1),
+        f"{name}_overflow": _binary(values_N[overflown_O].astype(wide), overflow_B1),
     }
 
 

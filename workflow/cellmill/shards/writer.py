@@ -34,7 +34,7 @@ BLOCK_SCHEMA = pa.schema(
     + [(name, pa.binary()) for name in PACKED]
 )
 FLUSH = 2**25
-"""Nonzeros that a block holds in memory, 3 bytes each, before it writes them."""
+"""Nonzeros that a block holds in memory, 2 bytes each, before it writes them."""
 _EMPTY = pa.RecordBatch.from_pylist([], BLOCK_SCHEMA)
 
 
@@ -146,7 +146,7 @@ class ShardWriter:
 
     def write_packed(self, table: pa.Table) -> None:
         """Append cells that are packed: the columns of a shard in its order, strings plain or dictionary-coded."""
-        extra = table.column_names[1 + len(OBS_STRINGS) : -6]
+        extra = table.column_names[1 + len(OBS_STRINGS) : -3 - len(PACKED)]
         if self._schema is None:
             self._schema = shard_schema(extra)
         if self._schema.names != table.column_names:
