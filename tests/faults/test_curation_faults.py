@@ -35,7 +35,8 @@ def leaky(demo_census, tmp_path) -> Workflow:
 def test_a_planted_leak_is_found_and_named(leaky):
     sentence = said(leaky.run(SHARDS))
     assert re.search(rf"\b{PLANTED} cells\b", sentence)
-    assert "my_blood" in sentence and "baron_pancreas" in sentence and "mine-" in sentence
+    for name in ("my_blood", "baron_pancreas", "mine-"):
+        assert name in sentence
     assert "leaks: drop" in sentence or "corpus.leaks" in sentence
     assert not (leaky.folder / SHARDS).exists()
     before = contents(leaky.results / "selections")
@@ -57,7 +58,7 @@ def test_a_census_that_goes_away(demo_census, tmp_path):
     counts = soma / "census_data" / "homo_sapiens" / "ms" / "RNA" / "X" / "raw"
     away = counts.rename(tmp_path / "away")
     sentence = said(workflow.run(SHARDS, "--rerun-triggers", "mtime"))
-    assert str(soma) in sentence and "run" in sentence
+    assert str(soma) in sentence
     assert finished.items() <= contents(workflow.results).items()
     away.rename(counts)
     succeeds(workflow.run(SHARDS, "--rerun-triggers", "mtime"))
@@ -71,6 +72,6 @@ def test_a_manifest_from_another_corpus(demo_census, tmp_path):
     good = manifest.read_bytes()
     manifest.write_bytes((workflow.folder / TARGET_SHARDS / "manifest.json").read_bytes())
     sentence = said(workflow.run(STATISTICS))
-    assert SHARDS in sentence and "delete" in sentence
+    assert f"delete {SHARDS}" in sentence
     manifest.write_bytes(good)
     succeeds(workflow.run(STATISTICS))
