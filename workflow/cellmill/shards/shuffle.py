@@ -80,8 +80,10 @@ def shuffle_part(
 
     unfinished = out.with_name(out.name + ".tmp")
     unfinished.mkdir(parents=True, exist_ok=True)
-    shards, first, stop = [], len(order.shards) * part // parts, len(order.shards) * (part + 1) // parts
-    with Progress(f"shards {first} to {stop - 1}" if first < stop else "no shards", stop - first) as progress:
+    first, stop = (len(order.shards) * number // parts for number in (part, part + 1))
+    cells_S = sum((block.n_cells for block in opened), np.zeros(len(order.shards), np.int64))
+    shards = []
+    with Progress(f"part {part}", int(cells_S[first:stop].sum())) as progress:
         for index in range(first, stop):
             split, number = order.shards[index]
             path = unfinished / f"{split}-{number:05d}.parquet"
@@ -94,7 +96,7 @@ def shuffle_part(
                     temporary.write_text(json.dumps({"inputs": inputs, "shard": info}))
             if info["cells"]:
                 shards.append({"split": split, **info})
-            progress.update(index - first + 1)
+            progress.update(int(cells_S[first : index + 1].sum()))
     kept = {shard["file"] for shard in shards}
     for path in unfinished.iterdir():
         if path.name not in kept:
@@ -126,6 +128,8 @@ class Block:
         The distinct rows of metadata that the cells' column `metadata` counts: strings, and `n_measured_genes`.
     n_genes
         One more than the largest gene id.
+    n_cells
+        int64 [S], cells of each shard.
 
     Raises
     ------
@@ -151,12 +155,19 @@ class Block:
                 raise ValueError("its table of metadata has another checksum")
             self.metadata = pa.ipc.open_stream(said[b"metadata"]).read_all()
             self.n_genes = int(said[b"n_genes"])
+            self.n_cells = np.array(json.loads(said[b"cells"]), np.int64)
+            if len(self.n_cells) != self._shards:
+                raise ValueError("it does not say how many cells it has")
         self._rounds = (batches - 1) // self._shards
 
     def cells(self, shard: int) -> list[pa.RecordBatch]:
         """The cells of one shard (its index in the order) as they lie in the block, with columns of `BLOCK_SCHEMA`."""
+        if not self.n_cells[shard]:
+            return []
         with self._reading() as file:
             batches = [self._batch(file, turn * self._shards + shard)[0] for turn in range(self._rounds)]
+            if sum(map(len, batches)) != self.n_cells[shard]:
+                raise ValueError(f"shard {shard} has {sum(map(len, batches))} cells, not {self.n_cells[shard]}")
         return [batch for batch in batches if len(batch)]
 
     @contextlib.contextmanager

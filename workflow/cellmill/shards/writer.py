@@ -266,6 +266,7 @@ class BlockWriter:
         self.path, self.order = Path(path), order
         self._temporary = self.path.with_name(self.path.name + ".tmp")
         self._shards = len(order.shards)
+        self._cells = np.zeros(self._shards, np.int64)
         self._metadata = _DistinctRows(self.path)
         self._waiting: list[pa.Table] = []
         self._nonzeros = self._n_genes = 0
@@ -320,6 +321,7 @@ class BlockWriter:
         joinids_B, shard_B = table["soma_joinid"].to_numpy(), table["shard"].to_numpy()
         order_B = np.lexsort((joinids_B, self.order.keys(joinids_B), shard_B))
         edges = np.searchsorted(shard_B[order_B], np.arange(self._shards + 1))
+        self._cells += np.diff(edges)
         table = table.select(BLOCK_SCHEMA.names).cast(BLOCK_SCHEMA)
         for start, stop in itertools.pairwise(edges):
             self._write_batch(table.take(order_B[start:stop]))
@@ -332,8 +334,13 @@ class BlockWriter:
         if self._waiting:
             self._flush()
         rows = self._metadata.serialized()
-        said = {"metadata": rows, "metadata_crc32": str(zlib.crc32(rows)), "n_genes": str(self._n_genes)}
-        self._write_batch(BLOCK_SCHEMA.empty_table(), **said)
+        self._write_batch(
+            BLOCK_SCHEMA.empty_table(),
+            metadata=rows,
+            metadata_crc32=str(zlib.crc32(rows)),
+            n_genes=str(self._n_genes),
+            cells=json.dumps(self._cells.tolist()),
+        )
         self._writer.close()
         self._file.close()
         sync(self._temporary)
