@@ -80,8 +80,8 @@ def held_out_by_name(collection, organism: str, named: HeldOut) -> HoldOut:
         names = {row["collection_id"], row["collection_name"], _bare_doi(row["collection_doi"] or "")}
         for name in names - {"", None}:
             of_collection.setdefault(name, set()).add(row["dataset_id"])
-    spelt = [name if name in of_collection else _bare_doi(name) for name in named.collections]
-    datasets |= _found(spelt, of_collection, "collections")
+    spelt = {name: of_collection[_bare_doi(name)] for name in named.collections if _bare_doi(name) in of_collection}
+    datasets |= _found(named.collections, spelt | of_collection, "collections")
     if named.donors:
         column = "donor_id"
         known = set(known_values(collection["census_data"][organism].obs, column))

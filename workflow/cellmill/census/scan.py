@@ -117,7 +117,8 @@ def scan_obs(obs, condition: str | None, quality: Quality, hold_outs: list[HoldO
             scan.selected_U = selected_U
             columns_B = [table["soma_joinid"].to_numpy(), unit_B, group_B, *values_QB]
             kept = pa.table([column[~is_lost_B] for column in columns_B], names=PASSED_SCHEMA.names)
-            writer.write_table(kept.cast(PASSED_SCHEMA), row_group_size=ROWS)
+            if len(kept):
+                writer.write_table(kept.cast(PASSED_SCHEMA), row_group_size=ROWS)
             progress.update(min(int(columns_B[0][-1]) + 1, n_cells))  # joinids count all cells of the Census
     scan.units, scan.groups, scan.is_held_out_U = list(units), list(groups), np.array(held_U, bool)
     return scan
