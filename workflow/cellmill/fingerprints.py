@@ -18,7 +18,7 @@ from cellmill.shards.batch import CellBatch
 
 GROUPS = 8
 GENES_PER_GROUP = 32
-MIN_GENES = 10
+MIN_GENES = 8
 """Genes of a group that a cell must express for the group to be compared: with fewer, two cells agree by chance."""
 PRINTS = tuple(f"p{group}" for group in range(GROUPS))
 PRINTS_SCHEMA = pa.schema(

@@ -1,0 +1,467 @@
+"""Copies of cells: within a corpus, beyond what the primary flag says, and between a corpus and the benchmarks.
+
+Both work on the fingerprints that curation wrote (`cellmill.fingerprints`), never on counts. Copies are looked for
+among cells that share a fingerprint: sorting finds those, so nothing grows with the square of the cells. A corpus's
+fingerprints are sorted one group and one range of values at a time, so that memory holds a slice of them.
+
+Legend: N cells of a corpus, M cells that share a fingerprint with another, B cells of one batch, Q cells of all
+benchmarks, P pairs, G groups.
+"""
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cellmill.errors import CellmillError
+from cellmill.files import atomic
+from cellmill.fingerprints import GROUPS, MIN_EQUAL, MIN_SHARE, PRINTS, PRINTS_SCHEMA
+from cellmill.progress import Progress
+
+NAME = pa.dictionary(pa.int32(), pa.string())
+DUPLICATES_SCHEMA = pa.schema(
+    [
+        ("soma_joinid", pa.int64()),
+        ("dataset_id", NAME),
+        ("kept_joinid", pa.int64()),
+        ("kept_dataset_id", NAME),
+        ("groups_equal", pa.int8()),
+        ("groups_compared", pa.int8()),
+    ]
+)
+LEAKS_SCHEMA = pa.schema(
+    [
+        ("soma_joinid", pa.int64()),
+        ("dataset_id", NAME),
+        ("observation_joinid", pa.string()),
+        ("selection", NAME),
+        ("benchmark", NAME),
+        ("benchmark_joinid", pa.int64()),
+        ("benchmark_dataset_id", NAME),
+        ("benchmark_observation_joinid", pa.string()),
+    ]
+)
+COMPARED = b"cellmill.compared"
+"""Key of the tables' metadata: JSON, by selection and benchmark the number of cells, and of those too shallow (or with
+too few of the genes measured) to be compared with any other."""
+VALUES_IN_MEMORY = 1 << 22
+"""Fingerprints that are sorted at a time."""
+ROWS_IN_MEMORY = 1 << 20
+"""Cells whose fingerprints of all groups are held at a time."""
+BATCH = 1 << 18
+NEIGHBOURS = 8
+"""Cells of one fingerprint are compared with so many that follow them in the order of their other fingerprints."""
+NAMED = 5
+"""Leaked cells that an error names."""
+
+
+def find_duplicates(prints: list[Path], *, out: Path) -> int:
+    """Find the cells of a corpus that are copies of another one, within a data set and across data sets.
+
+    Copies agree in at least `MIN_EQUAL` groups and in `MIN_SHARE` of the groups that both have. Copies of copies form
+    one cluster; of each, the cell with the smallest (dataset_id, soma_joinid) is kept. So what is kept depends on the
+    cells alone, not on the blocks that they were read in. Memory: about 0.3 GB, 2 bytes for each cell, and some 30 for
+    each that shares a fingerprint.
+
+    Parameters
+    ----------
+    prints
+        Fingerprints of all blocks of one corpus (`PRINTS_SCHEMA`), in any order.
+    out
+        Parquet with the columns of `DUPLICATES_SCHEMA`, a row for each cell that is not kept, in the order of
+        (dataset_id, soma_joinid); groups are those that it has in common with the kept cell (few or none where both
+        are copies of a third). Its metadata say how many cells could not be compared (`COMPARED`).
+
+    Returns
+    -------
+    int
+        Number of rows.
+
+    Raises
+    ------
+    CellmillError
+        A file of fingerprints is absent, damaged or has other columns.
+    """
+    row_M, compared = _sharing(prints)
+    names, dataset_M, joinid_M = _identities(prints, row_M)
+    parent_M = _joined(prints, row_M, dataset_M, joinid_M)
+    copies = np.flatnonzero(parent_M != np.arange(len(row_M)))
+    copies = copies[np.lexsort((joinid_M[copies], dataset_M[copies]))]
+    schema = DUPLICATES_SCHEMA.with_metadata({COMPARED: json.dumps(compared)})
+    with atomic(out) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for start in range(0, len(copies), ROWS_IN_MEMORY):
+            copy_P = copies[start : start + ROWS_IN_MEMORY]
+            kept_P = parent_M[copy_P]
+            equal_P, compared_P = _agreement(_take_prints(prints, row_M[copy_P]), _take_prints(prints, row_M[kept_P]))
+            columns = [
+                joinid_M[copy_P],
+                _names(dataset_M[copy_P], names),
+                joinid_M[kept_P],
+                _names(dataset_M[kept_P], names),
+                equal_P.astype(np.int8),
+                compared_P.astype(np.int8),
+            ]
+            writer.write_table(pa.table(columns, schema=schema))
+    return len(copies)
+
+
+def audit_leaks(
+    corpus_prints: dict[str, list[Path]], benchmark_prints: dict[str, list[Path]], *, action: str, out: Path
+) -> int:
+    """Find the cells of corpora that are cells of a benchmark: by profile, or as the very same cell of the Census.
+
+    What it cannot see: cells too shallow to be compared, data sets that measured too few of the fingerprints' genes
+    (both counted in the table's metadata, `COMPARED`), and cells whose counts were changed, as by another alignment.
+    The benchmarks' fingerprints are held in memory (some 300 bytes a cell), the corpora's pass by.
+
+    Parameters
+    ----------
+    corpus_prints
+        For each corpus the fingerprints of its blocks (`PRINTS_SCHEMA`).
+    benchmark_prints
+        For each benchmark data set the fingerprints of its blocks, of the same vocabulary as the corpora.
+    action
+        "fail" raises if anything is found; "drop" does not (the cells are left out by the shuffle).
+    out
+        Parquet with the columns of `LEAKS_SCHEMA`: a row for each corpus cell and benchmark that has it, naming the
+        benchmark's first such cell. Where the action is "fail" and there are rows, they are written to
+        ``{stem}_found.parquet`` beside it instead, since a workflow deletes the output of a job that failed.
+
+    Returns
+    -------
+    int
+        Number of rows.
+
+    Raises
+    ------
+    CellmillError
+        A file of fingerprints is absent, damaged or has other columns; or, with action "fail", there are leaks.
+    """
+    out = Path(out)
+    found = out.with_name(f"{out.stem}_found.parquet")
+    found.unlink(missing_ok=True)
+    targets = _Targets(benchmark_prints)
+    compared, tables = dict(targets.compared), [LEAKS_SCHEMA.empty_table()]
+    for selection, paths in corpus_prints.items():
+        counts = Counter()
+        with Progress(f"leaks of {selection}", _rows(paths)) as progress:
+            for start, batch in _batches(paths, PRINTS_SCHEMA.names):
+                prints_BG = _prints(batch)
+                counts.update(_counted(prints_BG))
+                tables.append(targets.leaks(selection, batch, prints_BG))
+                progress.update(start + len(batch))
+        compared[selection] = _described(counts)
+    leaks = pa.concat_tables(tables).unify_dictionaries()
+    leaks = leaks.sort_by([(name, "ascending") for name in ("selection", "dataset_id", "soma_joinid", "benchmark")])
+    fails = action == "fail" and len(leaks) > 0
+    with atomic(found if fails else out) as temporary:
+        schema = LEAKS_SCHEMA.with_metadata({COMPARED: json.dumps(compared)})
+        pq.write_table(leaks.cast(schema), temporary, compression="zstd")
+    if fails:
+        raise CellmillError(_explain(leaks, found))
+    return len(leaks)
+
+
+class _Targets:
+    """The cells of all benchmarks, to be looked up by fingerprint and by identity.
+
+    Attributes
+    ----------
+    compared
+        For each benchmark what `_described` says.
+    """
+
+    def __init__(self, benchmark_prints: dict[str, list[Path]]):
+        self.compared = {}
+        self.benchmarks = list(benchmark_prints)
+        tables, benchmarks = [PRINTS_SCHEMA.empty_table()], [np.zeros(0, np.int64)]
+        for number, (benchmark, paths) in enumerate(benchmark_prints.items()):
+            counts = Counter()
+            for _, batch in _batches(paths, PRINTS_SCHEMA.names):
+                counts.update(_counted(_prints(batch)))
+                tables.append(pa.Table.from_batches([batch]))
+                benchmarks.append(np.full(len(batch), number))
+            self.compared[benchmark] = _described(counts)
+        table = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
+        self.benchmark_Q = np.concatenate(benchmarks)
+        # the order in which the first of several cells with one profile is chosen
+        order = np.lexsort((table["soma_joinid"].to_numpy(), table["dataset_id"].cast(pa.string()), self.benchmark_Q))
+        self.table, self.benchmark_Q = table.take(order), self.benchmark_Q[order]
+        self.joinid_Q = self.table["soma_joinid"].to_numpy()
+        self.dataset_Q = np.array(self.table["dataset_id"].cast(pa.string()).to_pylist(), dtype=object)
+        self.prints_QG = _prints(self.table)
+        self._sorted = [_Sorted(self.prints_QG[:, group]) for group in range(GROUPS)]
+        self._by_joinid = _Sorted(self.joinid_Q)
+
+    def leaks(self, selection: str, batch: pa.RecordBatch, prints_BG: np.ndarray) -> pa.Table:
+        """The rows (`LEAKS_SCHEMA`) of one batch of a corpus."""
+        pairs = []
+        for group in range(GROUPS):
+            compared = np.flatnonzero(prints_BG[:, group])
+            place, target = self._sorted[group].find(prints_BG[compared, group])
+            cell = compared[place]
+            same = _are_copies(*_agreement(prints_BG[cell], self.prints_QG[target]))
+            pairs.append((cell[same], target[same]))
+        cell, target = self._by_joinid.find(batch["soma_joinid"].to_numpy())
+        dataset = np.array(batch["dataset_id"].cast(pa.string()).take(pa.array(cell)).to_pylist(), dtype=object)
+        same = dataset == self.dataset_Q[target]
+        pairs.append((cell[same], target[same]))
+
+        cell, target = (np.concatenate(side) for side in zip(*pairs, strict=True))
+        order = np.lexsort((target, cell))
+        cell, target = cell[order], target[order]
+        benchmark = self.benchmark_Q[target]
+        first = np.ones(len(cell), bool)  # targets are in the order of their benchmarks
+        first[1:] = (np.diff(cell) != 0) | (np.diff(benchmark) != 0)
+        cell, target, benchmark = cell[first], target[first], benchmark[first]
+        ours, theirs = batch.take(pa.array(cell)), self.table.take(target)
+        columns = [
+            ours["soma_joinid"],
+            ours["dataset_id"],
+            ours["observation_joinid"],
+            _names(np.zeros(len(cell)), [selection]),
+            _names(benchmark, self.benchmarks),
+            theirs["soma_joinid"],
+            theirs["dataset_id"],
+            theirs["observation_joinid"],
+        ]
+        return pa.table(columns, schema=LEAKS_SCHEMA)
+
+
+class _Sorted:
+    """Values to be looked up, each of which may stand several times."""
+
+    def __init__(self, values: np.ndarray):
+        self.order = np.argsort(values, kind="stable")
+        self.values = values[self.order]
+
+    def find(self, wanted_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Every pair (position in `wanted_B`, position in the values) of equal values, as two int64 [P]."""
+        left = np.searchsorted(self.values, wanted_B, side="left")
+        many = np.searchsorted(self.values, wanted_B, side="right") - left
+        cell = np.repeat(np.arange(len(wanted_B)), many)
+        within = np.arange(len(cell)) - np.repeat(np.cumsum(many) - many, many)
+        return cell, self.order[np.repeat(left, many) + within]
+
+
+def _explain(leaks: pa.Table, path: Path) -> str:
+    """The one sentence about leaks: how many, between which data sets, which cells, and what to do."""
+    rows = leaks.select(["dataset_id", "benchmark", "benchmark_dataset_id"]).to_pylist()
+    datasets = Counter(tuple(row.values()) for row in rows).most_common()
+    cells = len(leaks.group_by(["selection", "dataset_id", "soma_joinid"]).aggregate([]))
+    said = [
+        f"{n:,} of data set {dataset} in benchmark {benchmark} (data set {theirs})"
+        for (dataset, benchmark, theirs), n in datasets[:NAMED]
+    ]
+    if len(datasets) > NAMED:
+        said.append(f"and {len(datasets) - NAMED} more pairs of data sets")
+    named = [
+        f"{row['observation_joinid']} is {row['benchmark_observation_joinid']}"
+        for row in leaks.slice(0, NAMED).to_pylist()
+    ]
+    names = sorted({dataset for (dataset, _, _), _ in datasets})
+    selections = leaks["selection"].unique().to_pylist()
+    return (
+        f"{cells:,} cells of {' and '.join(selections)} are cells of a benchmark: {', '.join(said)}; the first are "
+        f"{', '.join(named)}, and all stand in {path}; add the data sets of the corpus ({', '.join(names[:NAMED])}"
+        f"{', ...' if len(names) > NAMED else ''}) to corpus.held_out.datasets, or leave these cells out with "
+        "corpus.leaks: drop"
+    )
+
+
+def _sharing(paths: list[Path]) -> tuple[np.ndarray, dict]:
+    """Rows (uint32 [M], ascending) that share a fingerprint with another row, and what `_described` says of all."""
+    total = _rows(paths)
+    shares_N, prints_N = np.zeros(total, bool), np.zeros(total, np.uint8)
+    steps = [(group, limits) for group in PRINTS for limits in _ranges(total, VALUES_IN_MEMORY)]
+    with Progress("fingerprints that cells share", total) as progress:
+        for number, (group, (low, high)) in enumerate(steps):
+            values, rows = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint32)]
+            for start, batch in _batches(paths, [group]):
+                print_B = batch[group].to_numpy()
+                here = np.flatnonzero((print_B >= low) & (print_B <= high))
+                values.append(print_B[here])
+                rows.append((start + here).astype(np.uint32))
+            value, row = np.concatenate(values), np.concatenate(rows)
+            prints_N[row] += 1
+            order = np.argsort(value)
+            value, row = value[order], row[order]
+            equal = value[1:] == value[:-1]
+            shares_N[row[1:][equal]] = True
+            shares_N[row[:-1][equal]] = True
+            progress.update(total * (number + 1) // len(steps))
+    counts = {"cells": total, "not_comparable": int((prints_N < MIN_EQUAL).sum())}
+    return np.flatnonzero(shares_N).astype(np.uint32), _described(counts)
+
+
+def _identities(paths: list[Path], row_M: np.ndarray) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Names of data sets, sorted; int32 [M] data set (position among them); int64 [M] joinid."""
+    code_of: dict[str, int] = {}
+    codes, joinids = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+    for start, batch in _batches(paths, ["soma_joinid", "dataset_id"]):
+        within = _within(row_M, start, len(batch))
+        joinids.append(batch["soma_joinid"].to_numpy()[within])
+        dataset = batch["dataset_id"]
+        code = [code_of.setdefault(name, len(code_of)) for name in dataset.dictionary.to_pylist()]
+        codes.append(np.array(code, np.int32)[dataset.indices.to_numpy()[within]])
+    names = sorted(code_of)
+    rank = np.searchsorted(names, list(code_of)).astype(np.int32)
+    return names, rank[np.concatenate(codes)], np.concatenate(joinids)
+
+
+def _joined(paths: list[Path], row_M: np.ndarray, dataset_M: np.ndarray, joinid_M: np.ndarray) -> np.ndarray:
+    """uint32 [M], of each cell the one to keep of its cluster of copies (a position in the M cells)."""
+    parent_M = np.arange(len(row_M), dtype=np.uint32)
+    kernels = _kernels()
+    steps = [(group, limits) for group in range(GROUPS) for limits in _ranges(len(row_M), ROWS_IN_MEMORY)]
+    with Progress("copies among cells that share a fingerprint", len(row_M)) as progress:
+        for number, (group, (low, high)) in enumerate(steps):
+            cells, prints = [np.zeros(0, np.int64)], [np.zeros((0, GROUPS), np.uint64)]
+            for first, prints_BG in _prints_of_rows(paths, row_M):
+                here = np.flatnonzero((prints_BG[:, group] >= low) & (prints_BG[:, group] <= high))
+                cells.append(first + here)
+                prints.append(prints_BG[here])
+            cell_P, prints_PG = np.concatenate(cells), np.concatenate(prints)
+            # By this group's fingerprint, then the next ones': copies that differ in one group only are neighbours in
+            # the order of the group behind it, however many cells share a fingerprint.
+            keys = [prints_PG[:, (group + step) % GROUPS] for step in range(GROUPS)]
+            order = np.lexsort((joinid_M[cell_P], dataset_M[cell_P], *keys[::-1]))
+            cell_P, prints_PG = cell_P[order], prints_PG[order]
+            for step in range(1, NEIGHBOURS + 1):
+                left = np.flatnonzero(prints_PG[step:, group] == prints_PG[:-step, group])
+                left = left[_are_copies(*_agreement(prints_PG[left], prints_PG[left + step]))]
+                kernels["join"](parent_M, dataset_M, joinid_M, cell_P[left], cell_P[left + step])
+            progress.update(len(row_M) * (number + 1) // len(steps))
+    kernels["flatten"](parent_M)
+    return parent_M
+
+
+@functools.cache
+def _kernels() -> dict:
+    import numba  # heavy, and only this phase needs it
+
+    @numba.njit
+    def root(parent_M, cell):
+        while parent_M[cell] != cell:
+            parent_M[cell] = parent_M[parent_M[cell]]
+            cell = parent_M[cell]
+        return cell
+
+    @numba.njit
+    def join(parent_M, dataset_M, joinid_M, left_P, right_P):
+        """Join the clusters of each pair; the smallest (data set, joinid) becomes the root."""
+        for left, right in zip(left_P, right_P):  # noqa: B905 (numba knows no strict)
+            a, b = root(parent_M, left), root(parent_M, right)
+            if (dataset_M[b], joinid_M[b]) < (dataset_M[a], joinid_M[a]):
+                a, b = b, a
+            parent_M[b] = a
+
+    @numba.njit
+    def flatten(parent_M):
+        """Let every cell point to the root of its cluster."""
+        for cell in range(len(parent_M)):
+            parent_M[cell] = root(parent_M, cell)
+
+    return {"join": join, "flatten": flatten}
+
+
+def _agreement(left_PG: np.ndarray, right_PG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two int64 [P]: the groups in which pairs of cells are equal, and those that both have."""
+    both_PG = (left_PG > 0) & (right_PG > 0)
+    return ((left_PG == right_PG) & both_PG).sum(axis=1), both_PG.sum(axis=1)
+
+
+def _are_copies(equal_P: np.ndarray, compared_P: np.ndarray) -> np.ndarray:
+    return (equal_P >= MIN_EQUAL) & (equal_P >= MIN_SHARE * compared_P)
+
+
+def _counted(prints_BG: np.ndarray) -> dict[str, int]:
+    return {"cells": len(prints_BG), "not_comparable": int(((prints_BG > 0).sum(axis=1) < MIN_EQUAL).sum())}
+
+
+def _described(counts: dict[str, int]) -> dict:
+    """Number of cells, of those that cannot be compared, and their share (null without cells)."""
+    cells, without = counts.get("cells", 0), counts.get("not_comparable", 0)
+    return {"cells": cells, "not_comparable": without, "share": without / cells if cells else None}
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        reason = str(error).splitlines()[0]
+        raise CellmillError(
+            f"fingerprints {path} cannot be read as parquet ({reason}); delete the file and run again"
+        ) from error
+    if not file.schema_arrow.equals(PRINTS_SCHEMA):
+        raise CellmillError(
+            f"fingerprints {path} have other columns than {PRINTS_SCHEMA.names}; delete the file and run again"
+        )
+    return file
+
+
+def _rows(paths: list[Path]) -> int:
+    total = 0
+    for path in paths:
+        with _open(path) as file:
+            total += file.metadata.num_rows
+    return total
+
+
+def _batches(paths: list[Path], columns: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Batches of all files in order, each with the number of rows before it. One file is open at a time."""
+    start = 0
+    for path in paths:
+        with _open(path) as file:
+            try:
+                for batch in file.iter_batches(BATCH, columns=columns, use_threads=False):
+                    yield start, batch
+                    start += len(batch)
+            except (OSError, pa.ArrowInvalid) as error:
+                reason = str(error).splitlines()[0]
+                raise CellmillError(
+                    f"fingerprints {path} are damaged ({reason}); delete the file and run again"
+                ) from error
+
+
+def _prints(batch: pa.RecordBatch | pa.Table) -> np.ndarray:
+    """uint64 [B, G]."""
+    return np.stack([batch[name].to_numpy() for name in PRINTS], axis=1)
+
+
+def _within(row_M: np.ndarray, start: int, length: int) -> np.ndarray:
+    """Positions in a batch of those of the ascending rows `row_M` that lie in it."""
+    first, last = np.searchsorted(row_M, [start, start + length])
+    return row_M[first:last].astype(np.int64) - start
+
+
+def _prints_of_rows(paths: list[Path], row_M: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Fingerprints (uint64 [B, G]) of ascending rows, batch by batch, after the number of rows in earlier batches."""
+    first = 0
+    for start, batch in _batches(paths, list(PRINTS)):
+        within = _within(row_M, start, len(batch))
+        if len(within):
+            yield first, _prints(batch.take(pa.array(within)))
+            first += len(within)
+
+
+def _take_prints(paths: list[Path], row_P: np.ndarray) -> np.ndarray:
+    """uint64 [P, G], fingerprints of rows in any order, which may repeat."""
+    rows, place_P = np.unique(row_P, return_inverse=True)
+    return np.concatenate([prints_BG for _, prints_BG in _prints_of_rows(paths, rows)])[place_P]
+
+
+def _ranges(count: int, at_a_time: int) -> list[tuple[np.uint64, np.uint64]]:
+    """Ranges of fingerprints, both ends included, that hold about `at_a_time` of `count` each; 0 is in none."""
+    n = max(1, -(-count // at_a_time))
+    edges = [number * 2**64 // n for number in range(n + 1)]
+    return [(np.uint64(max(low, 1)), np.uint64(high - 1)) for low, high in zip(edges, edges[1:], strict=False)]
+
+
+def _names(code_B: np.ndarray, names: list[str]) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(code_B.astype(np.int32)), pa.array(names, pa.string()))
