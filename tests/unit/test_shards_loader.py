@@ -53,7 +53,7 @@ def test_cells_are_whole(shards, all_cells):
     with Loader(shards, "train", 64, seed=0) as loader:
         for batch in take(loader, 20):
             assert same_cells(batch, all_cells[0].take(batch.joinids))
-            assert batch.genes.dtype == batch.counts.dtype == np.int64
+            assert batch.genes.dtype == batch.counts.dtype == np.int32
 
 
 def test_the_seed_alone_decides(shards):
@@ -96,7 +96,7 @@ def test_resume_anywhere(shards, batch_size):
 
 def test_resume_reads_two_windows_at_most(shards, monkeypatch):
     read = []
-    monkeypatch.setattr(shards, "read", lambda group: read.append(group) or Shards.read(shards, group))
+    monkeypatch.setattr(shards, "read_packed", lambda group: read.append(group) or Shards.read_packed(shards, group))
     with Loader(shards, "train", 16, seed=0) as loader:
         loader.load_state_dict({"epoch": 4, "position": 600})
         next(loader)
@@ -145,9 +145,9 @@ def test_an_error_of_the_thread_reaches_the_caller_and_the_thread_ends(shards, m
         if len(served) >= WINDOW:
             raise CellmillError("shard is corrupt")
         served.append(group)
-        return Shards.read(shards, group)
+        return Shards.read_packed(shards, group)
 
-    monkeypatch.setattr(shards, "read", read)
+    monkeypatch.setattr(shards, "read_packed", read)
     with Loader(shards, "train", 16, seed=0) as loader:
         next(loader)
         with pytest.raises(CellmillError, match="shard is corrupt"):

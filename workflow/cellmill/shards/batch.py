@@ -19,9 +19,9 @@ class CellBatch:
     offsets
         int64 [B + 1]; cell b owns the nonzeros ``offsets[b]:offsets[b + 1]``.
     genes
-        int64 [N], vocabulary ids, ascending within a cell.
+        int32 [N], vocabulary ids, ascending within a cell.
     counts
-        int64 [N], raw counts, all at least 1.
+        int32 [N], raw counts, all at least 1.
     totals
         int64 [B], the cell's raw counts summed over all measured genes, also those outside the vocabulary.
     """

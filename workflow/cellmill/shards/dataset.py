@@ -10,7 +10,7 @@ from cellmill.errors import CellmillError
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.format import corrupt
 from cellmill.shards.manifest import read_manifest
-from cellmill.shards.reader import read_obs, read_row_groups
+from cellmill.shards.reader import decode_cells, read_obs, read_packed
 
 
 class RowGroup(NamedTuple):
@@ -92,14 +92,18 @@ class Shards:
             for index, cells in enumerate(shard["row_groups"])
         ]
 
+    def read_packed(self, group: RowGroup) -> pa.Table:
+        """One row group as it is stored: see `cellmill.shards.reader.read_packed`."""
+        packed = read_packed(group.path, group.index)
+        if len(packed) != group.cells:
+            raise corrupt(
+                group.path, f"row group {group.index} has {len(packed)} cells, the manifest says {group.cells}"
+            )
+        return packed
+
     def read(self, group: RowGroup) -> CellBatch:
         """The cells of one row group."""
-        cells, _ = read_row_groups(group.path, [group.index], [], n_genes=self.n_genes)
-        if len(cells) != group.cells:
-            raise corrupt(
-                group.path, f"row group {group.index} has {len(cells)} cells, the manifest says {group.cells}"
-            )
-        return cells
+        return decode_cells(self.read_packed(group), str(group.path), self.n_genes)
 
     def batches(self, split: str, batch_size: int, start: int = 0) -> Iterator[CellBatch]:
         """Cells in shard order, `batch_size` at a time (the last batch may be smaller).
@@ -123,11 +127,11 @@ class Shards:
             if start >= group.cells:
                 start -= group.cells
                 continue
-            cells = self.read(group)
+            packed = self.read_packed(group)
             position, start = start, 0
-            while position < len(cells):
-                taken = min(batch_size - n_waiting, len(cells) - position)
-                waiting.append(cells.slice(position, position + taken))
+            while position < group.cells:
+                taken = min(batch_size - n_waiting, group.cells - position)
+                waiting.append(decode_cells(packed.slice(position, taken), str(group.path), self.n_genes))
                 position += taken
                 n_waiting += taken
                 if n_waiting == batch_size:

@@ -2,42 +2,117 @@
 
 Each epoch permutes the row groups of a split, reads them a window at a time and permutes the cells of the window. All
 permutations are keyed by (seed, epoch), so the whole state of the stream is (epoch, position), and it is gone on from
-anywhere by reading the windows of the next batch alone. Memory is bounded by two windows: the one that is served and
-the next one, which a thread reads meanwhile.
+anywhere by reading the windows of the next batch alone.
 
-Legend: B cells of a batch, W cells of a window.
+Cells wait in a window as they are packed on disk, about 3 bytes a nonzero. The shuffle copies a cell's packed bytes,
+and only the cells that are served are unpacked, batch by batch. Threads read; no process is forked.
+
+Legend: B cells, W cells of a window, R row groups of a window.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from cellmill.errors import CellmillError
 from cellmill.randomness import hash64
 from cellmill.shards.batch import CellBatch
-from cellmill.shards.dataset import Shards
+from cellmill.shards.dataset import RowGroup, Shards
+from cellmill.shards.format import FROM_CELLS, PACKED
+from cellmill.shards.reader import decode_cells, numbers
 
 WINDOW = 8
 """Row groups that are shuffled together."""
+CHUNK = 256
+"""Cells that are unpacked at once where a batch has fewer; many more would leave the processor's cache."""
 
 
-class _Window(NamedTuple):
+class _Place(NamedTuple):
+    """Where a window lies in the stream, and what it is read from."""
+
     epoch: int
     start: int
     """Position of the window's first cell in its epoch."""
-    cells: CellBatch
-    order_W: np.ndarray
-    """Rows of `cells` in the order of the stream."""
+    number: int
+    groups: list[RowGroup]
+
+    def covers(self, epoch: int, position: int) -> bool:
+        return self.epoch == epoch and self.start <= position < self.start + self.n_cells
+
+    @property
+    def n_cells(self) -> int:
+        return sum(group.cells for group in self.groups)
+
+
+class _Ahead(NamedTuple):
+    """A window that is being read: one future for each row group."""
+
+    place: _Place
+    tables: list[Future[pa.Table]]
+
+
+class _Window:
+    """The packed cells of R row groups, in shard order, and those that are still to be served."""
+
+    def __init__(self, ahead: _Ahead, n_genes: int):
+        self.place, self._n_genes = ahead.place, n_genes
+        tables = [future.result() for future in ahead.tables]
+        ahead.tables.clear()
+        self._numbers = {name: np.concatenate([numbers(table[name]) for table in tables]) for name in FROM_CELLS}
+        self._packed = {}
+        for name in PACKED:  # column by column, so that no more than one of them is in memory twice
+            # large: a window's bytes may pass the 2 GiB of Arrow's 32-bit offsets
+            pieces = [chunk.cast(pa.large_binary()) for table in tables for chunk in table[name].chunks]
+            tables = [table.drop_columns([name]) for table in tables]
+            self._packed[name] = pa.concat_arrays(pieces)
+            del pieces
+
+    def serve(self, rows: np.ndarray, chunk: int) -> None:
+        """Serve the cells at `rows` (of the shard order) from now on, `chunk` of them unpacked at once."""
+        self._rows, self._chunk = rows, chunk
+        self._unpacked = self._unpack(rows[:0])
+
+    def take(self, n: int) -> list[CellBatch]:
+        """The next `n` cells."""
+        pieces = []
+        while n:
+            if not len(self._unpacked):
+                self._unpacked = self._unpack(self._rows[: self._chunk])
+                self._rows = self._rows[self._chunk :]
+            pieces.append(self._unpacked.slice(0, n))
+            self._unpacked = self._unpacked.slice(len(pieces[-1]), len(self._unpacked))
+            n -= len(pieces[-1])
+        return pieces
+
+    def _unpack(self, rows_B: np.ndarray) -> CellBatch:
+        try:
+            return self._decode(rows_B, "")
+        except CellmillError:
+            ends_R = np.cumsum([group.cells for group in self.place.groups])
+            group_of_B = np.searchsorted(ends_R, rows_B, side="right")
+            for number in np.unique(group_of_B):  # the one that is at fault names its file
+                self._decode(rows_B[group_of_B == number], str(self.place.groups[number].path))
+            raise
+
+    def _decode(self, rows_B: np.ndarray, where: str) -> CellBatch:
+        index = pa.array(rows_B)
+        columns = [pa.array(values_W[rows_B]) for values_W in self._numbers.values()]
+        columns += [values_W.take(index) for values_W in self._packed.values()]
+        return decode_cells(pa.Table.from_arrays(columns, [*FROM_CELLS, *PACKED]), where, self._n_genes)
 
 
 class Loader:
     """Endless iterator over a split's cells in a deterministic shuffled order.
 
     The stream holds every cell exactly once per epoch; a batch may straddle two epochs. Batch t is a function of
-    (shards, split, batch_size, seed). Of each batch rank r of `world` takes the r-th part, so every rank reads every
-    window.
+    (shards, split, batch_size, seed). Of each batch rank r of `world` takes the r-th part, so every rank reads the
+    bytes of every window, and unpacks its own cells alone.
+
+    Memory is bounded, whatever the corpus: the window that is served, the next one, which is read meanwhile, and, while
+    that is put together, one more copy of its largest column. At 3 bytes a nonzero and row groups of 2,048 cells of
+    1,300 genes a window is 64 MB.
 
     Parameters
     ----------
@@ -51,6 +126,8 @@ class Loader:
         Key of the order.
     rank, world
         Which part of each batch to take, of how many.
+    threads
+        Row groups that are read at once.
 
     Raises
     ------
@@ -63,11 +140,23 @@ class Loader:
     ...     cells = next(loader)
     """
 
-    def __init__(self, shards: Shards, split: str, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        shards: Shards,
+        split: str,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        *,
+        threads: int = 2,
+    ):
         if batch_size < 1 or batch_size % world:
             raise CellmillError(f"batch_size {batch_size} is no multiple of {world} processes; choose one that is")
         if not 0 <= rank < world:
             raise CellmillError(f"rank {rank} is not one of {world} processes; ranks run from 0 to {world - 1}")
+        if threads < 1:
+            raise CellmillError(f"the loader cannot read with {threads} threads; choose at least 1")
         self._n_cells = shards.n_cells(split)
         if not self._n_cells:
             raise CellmillError(f"split '{split}' of {shards.folder} has no cells; choose cells for it")
@@ -76,12 +165,12 @@ class Loader:
         self._sizes = np.array([group.cells for group in self._groups])
         self._seed = seed
         self._batch_size = batch_size
-        self._rank, self._world = rank, world
+        self._rank, self._share = rank, batch_size // world
         self._epoch = 0
         self._position = 0
         self._window: _Window | None = None
-        self._ahead: Future[_Window] | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cellmill-loader")
+        self._ahead: _Ahead | None = None
+        self._readers = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="cellmill-loader")
 
     def __iter__(self) -> "Loader":
         return self
@@ -93,23 +182,28 @@ class Loader:
         self.close()
 
     def __next__(self) -> CellBatch:
-        share = self._batch_size // self._world
-        first, last = self._rank * share, (self._rank + 1) * share
+        try:
+            return self._next()
+        except CellmillError:
+            self._window = None  # may have served a part of this batch
+            raise
+
+    def _next(self) -> CellBatch:
+        first = self._rank * self._share
         pieces = []
-        served = 0  # cells of the global batch
+        served = 0  # cells of the batch of all ranks
+        epoch, position = self._epoch, self._position
         while served < self._batch_size:
-            window = self._window_at(self._epoch, self._position)
-            begin = self._position - window.start
-            taken = min(self._batch_size - served, len(window.order_W) - begin)
-            mine = window.order_W[begin + max(first - served, 0) : begin + min(max(last - served, 0), taken)]
-            if len(mine):
-                pieces.append(window.cells.take(mine))
+            place = self._window_at(epoch, position, served)
+            taken = min(self._batch_size - served, place.start + place.n_cells - position)
+            mine = min(max(served + taken - first, 0), self._share) - min(max(served - first, 0), self._share)
+            pieces += self._window.take(mine)
             served += taken
-            self._position += taken
-            if self._position == self._n_cells:
-                self._epoch, self._position = self._epoch + 1, 0
-        cells = CellBatch.concatenate(pieces)
-        return replace(cells, genes=cells.genes.astype(np.int64), counts=cells.counts.astype(np.int64))
+            position += taken
+            if position == self._n_cells:
+                epoch, position = epoch + 1, 0
+        self._epoch, self._position = epoch, position
+        return pieces[0] if len(pieces) == 1 else CellBatch.concatenate(pieces)
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch starts: `epoch`, and `position` (cells) in it."""
@@ -130,46 +224,43 @@ class Loader:
                 " the state was saved with other shards, so delete it and train from the start"
             )
         self._epoch, self._position = epoch, position
+        self._window = None  # its cells are served in turn, from another place on
 
     def close(self) -> None:
-        """End the reading thread; the loader serves no more batches."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """End the reading threads; the loader serves no more batches."""
+        self._readers.shutdown(wait=True, cancel_futures=True)
         self._window = self._ahead = None
 
-    def _window_at(self, epoch: int, position: int) -> _Window:
-        """The window that holds a position; its successor is read meanwhile."""
-        if self._window is None or not self._covers(self._window, epoch, position):
-            window = None
-            self._window = None  # frees its memory before the next one but one is read
-            if self._ahead is not None:
-                ahead, self._ahead = self._ahead, None
-                window = ahead.result()
-            if window is None or not self._covers(window, epoch, position):
-                window = self._thread.submit(self._read, epoch, position).result()
-            self._window = window
-            end = window.start + len(window.order_W)
-            following = (epoch, end) if end < self._n_cells else (epoch + 1, 0)
-            self._ahead = self._thread.submit(self._read, *following)
-        return self._window
+    def _window_at(self, epoch: int, position: int, served: int) -> _Place:
+        """Have the window that holds a position, `served` cells into a batch; its successor is read meanwhile."""
+        if self._window is None or not self._window.place.covers(epoch, position):
+            self._window = None  # frees its memory before the next one is put together
+            ahead, self._ahead = self._ahead, None
+            if ahead is None or not ahead.place.covers(epoch, position):
+                for future in ahead.tables if ahead else ():
+                    future.cancel()
+                ahead = self._read(self._place(epoch, position))
+            place = ahead.place
+            self._window = _Window(ahead, self._shards.n_genes)
+            order_W = self._order("order of cells", epoch, place.number, np.arange(place.n_cells))
+            left = order_W[position - place.start :]
+            owner = (served + np.arange(len(left))) % self._batch_size // self._share
+            self._window.serve(left[owner == self._rank], max(CHUNK // self._share, 1) * self._share)
+            end = place.start + place.n_cells
+            self._ahead = self._read(self._place(*((epoch, end) if end < self._n_cells else (epoch + 1, 0))))
+        return self._window.place
 
-    @staticmethod
-    def _covers(window: _Window, epoch: int, position: int) -> bool:
-        return window.epoch == epoch and window.start <= position < window.start + len(window.order_W)
-
-    def _read(self, epoch: int, position: int) -> _Window:
-        """Read the window that holds a position."""
-        order = np.argsort(
-            hash64(self._seed, "order of row groups", epoch, np.arange(len(self._groups))), kind="stable"
-        )
+    def _place(self, epoch: int, position: int) -> _Place:
+        """The window that holds a position."""
+        order = self._order("order of row groups", epoch, np.arange(len(self._groups)))
         ends = np.cumsum(self._sizes[order])
         number = int(np.searchsorted(ends, position, side="right")) // WINDOW
         members = order[number * WINDOW : (number + 1) * WINDOW]
-        cells = CellBatch.concatenate([_compact(self._shards.read(self._groups[member])) for member in members])
-        order_W = np.argsort(hash64(self._seed, "order of cells", epoch, number, np.arange(len(cells))), kind="stable")
         start = int(ends[number * WINDOW - 1]) if number else 0
-        return _Window(epoch, start, cells, order_W)
+        return _Place(epoch, start, number, [self._groups[member] for member in members])
 
+    def _order(self, *keys) -> np.ndarray:
+        return np.argsort(hash64(self._seed, *keys), kind="stable")
 
-def _compact(cells: CellBatch) -> CellBatch:
-    """The same cells in 6 instead of 16 bytes a nonzero, for waiting in a window."""
-    return replace(cells, genes=cells.genes.astype(np.uint16), counts=cells.counts.astype(np.uint32))
+    def _read(self, place: _Place) -> _Ahead:
+        return _Ahead(place, [self._readers.submit(self._shards.read_packed, group) for group in place.groups])
