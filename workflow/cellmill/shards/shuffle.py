@@ -75,7 +75,7 @@ def shuffle_part(
     if wrong := [block.path for block in opened if block.n_genes > n_genes]:
         raise CellmillError(f"block {wrong[0]} holds genes beyond the vocabulary of {n_genes:,}; {_AGAIN}")
     metadata, first_of = _all_metadata(opened)
-    removed_R = _joinids(removed)
+    removed_R = joinids_of(removed)
     inputs = _inputs(summary, blocks, removed, n_genes)
 
     unfinished = out.with_name(out.name + ".tmp")
@@ -90,7 +90,7 @@ def shuffle_part(
             info = _finished(path, inputs)
             if info is None:
                 cells, order_B = _cells_of_shard(opened, first_of, index, order)
-                kept_B = order_B[~np.isin(cells["soma_joinid"].to_numpy()[order_B], removed_R)]
+                kept_B = order_B[~among(cells["soma_joinid"].to_numpy()[order_B], removed_R)]
                 info = _write_shard(path, cells, kept_B, metadata)
                 with atomic(_note(path)) as temporary:
                     temporary.write_text(json.dumps({"inputs": inputs, "shard": info}))
@@ -259,10 +259,16 @@ def _all_metadata(blocks: list[Block]) -> tuple[pa.Table, list[int]]:
     return pa.concat_tables(tables).unify_dictionaries().combine_chunks(), first_of
 
 
-def _joinids(removed: list[Path]) -> np.ndarray:
-    """int64, ascending: the cells to leave out."""
-    columns = [pq.read_table(path, columns=["soma_joinid"])["soma_joinid"].to_numpy() for path in removed]
+def joinids_of(tables: list[Path]) -> np.ndarray:
+    """int64, ascending, each once: the `soma_joinid` of some parquet files."""
+    columns = [pq.read_table(path, columns=["soma_joinid"])["soma_joinid"].to_numpy() for path in tables]
     return np.unique(np.concatenate([np.zeros(0, np.int64), *columns]))
+
+
+def among(joinid_B: np.ndarray, joinid_R: np.ndarray) -> np.ndarray:
+    """Bool [B], which of `joinid_B` are in `joinid_R` [R], which ascends."""
+    place_B = np.searchsorted(joinid_R, joinid_B)
+    return np.append(joinid_R, -1)[place_B] == joinid_B
 
 
 def _inputs(summary: Path, blocks: list[Path], removed: list[Path], n_genes: int) -> str:
