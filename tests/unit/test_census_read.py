@@ -1,11 +1,14 @@
 """Opening a Census and checking filter terms."""
 
-import anndata as ad
+import shutil
+from pathlib import Path
+
 import cellxgene_census
+import pyarrow as pa
 import pytest
 import requests
-from cellmill.census.build import build_census
-from cellmill.census.read import check_terms, open_census, value_filter
+import tiledbsoma as soma
+from cellmill.census.read import check_terms, open_census, value_filter, values_elsewhere
 from cellmill.config import Census
 from cellmill.errors import CellmillError
 
@@ -18,9 +21,9 @@ def census(demo_census):
         yield opened
 
 
-def cells_of(census, include: dict, exclude: dict):
-    terms = (check_terms(census, "homo_sapiens", part) for part in (include, exclude))
-    return cellxgene_census.get_obs(census, "homo_sapiens", value_filter=value_filter(*terms))
+def cells_of(census, include: dict, exclude: dict, organism: str = "homo_sapiens"):
+    terms = (check_terms(census, organism, part) for part in (include, exclude))
+    return cellxgene_census.get_obs(census, organism, value_filter=value_filter(*terms))
 
 
 def test_the_buffer_size_is_that_of_the_config(census):
@@ -53,28 +56,61 @@ def test_values_with_quotes_and_both_booleans(census):
     assert len(cellxgene_census.get_obs(census, "homo_sapiens", value_filter=text)) == 0
 
 
+def add_organism(soma_path: Path, name: str, columns: dict[str, list]) -> None:
+    """Add an organism whose obs has these columns of text."""
+    table = pa.table({"soma_joinid": list(range(len(next(iter(columns.values()))))), **columns})
+    with soma.open(str(soma_path / "census_data"), "w") as organisms:
+        experiment = organisms.add_new_collection(name, soma.Experiment)
+        experiment.add_new_dataframe("obs", schema=table.schema, domain=[[0, len(table) - 1]]).write(table)
+
+
 def test_each_of_several_diseases_of_a_cell_counts(demo_census, tmp_path):
-    cells = ad.read_h5ad(demo_census.h5ads / "li_cell_lines.h5ad")[:9, :3000].copy()
-    cells.obs["disease"] = [
-        "flu || gout",
-        "gout",
-        "flu",
-        "gout || pox",
-        "normal",
-        "flu || gout || pox",
-        "pox",
-        "flu",
-        "gout",
-    ]
-    cells.write_h5ad(tmp_path / "ill.h5ad")
-    build_census(
-        *([tmp_path / "ill.h5ad"], demo_census.genes, tmp_path / "soma"),
-        **{"extra_obs": [], "mapping": tmp_path / "mapping.parquet", "quiet": True},
-    )
+    diseases = ["flu || gout", "gout", "flu", "gout || pox", "normal", "flu || gout || pox", "pox", "flu", "gout"]
+    add_organism(shutil.copytree(demo_census.soma, tmp_path / "soma"), "mus_musculus", {"disease": diseases})
+
+    def joinids(census, include: dict, exclude: dict) -> list[int]:
+        return list(cells_of(census, include, exclude, "mus_musculus")["soma_joinid"])
+
     with open_census(CONFIG, tmp_path / "soma") as census:
-        assert list(cells_of(census, {"disease": ["gout"]}, {})["soma_joinid"]) == [0, 1, 3, 5, 8]
-        assert list(cells_of(census, {"disease": ["gout"]}, {"disease": ["pox"]})["soma_joinid"]) == [0, 1, 8]
-        assert list(cells_of(census, {"disease": ["flu || gout"]}, {})["soma_joinid"]) == [0]
+        assert joinids(census, {"disease": ["gout"]}, {}) == [0, 1, 3, 5, 8]
+        assert joinids(census, {"disease": ["gout"]}, {"disease": ["pox"]}) == [0, 1, 8]
+        assert joinids(census, {"disease": ["flu || gout"]}, {}) == [0]
+
+
+def test_a_value_of_another_organism_selects_nothing(demo_census, tmp_path):
+    path = shutil.copytree(demo_census.soma, tmp_path / "soma")
+    add_organism(path, "mus_musculus", {"tissue": ["islet", "tail || paw"], "strain": ["black", "black"]})
+    with open_census(CONFIG, path) as census:
+        assert len(cells_of(census, {"tissue": ["pancreas", "islet"]}, {})) == 1937
+        assert len(cells_of(census, {"tissue": ["paw"]}, {})) == 0
+        assert len(cells_of(census, {}, {"tissue": ["islet", "pancreas"]})) == 3057 - 1937
+        assert values_elsewhere(census, "homo_sapiens", "tissue") == {"islet", "tail || paw", "tail", "paw"}
+        assert values_elsewhere(census, "mus_musculus", "strain") == set()
+        for value, near in (("isle", "'islet'"), ("pancras", "'pancreas'")):
+            with pytest.raises(CellmillError, match=f"no cell of the Census has tissue '{value}'; did you mean {near}"):
+                check_terms(census, "homo_sapiens", {"tissue": [value]})
+        with pytest.raises(CellmillError, match="no obs column 'strain'"):
+            check_terms(census, "homo_sapiens", {"strain": ["black"]})
+
+
+@pytest.mark.parametrize("size", [4, 32])
+def test_buffers_of_a_size_of_their_own(demo_census, size):
+    with open_census(CONFIG, demo_census.soma, buffer_mb=size) as census:
+        assert int(census.context.tiledb_config["soma.init_buffer_bytes"]) == size * 1024**2
+
+
+def test_a_census_that_vanishes_ends_in_one_sentence(demo_census, tmp_path):
+    path = shutil.copytree(demo_census.soma, tmp_path / "soma")
+
+    def read_counts() -> None:
+        with open_census(CONFIG, path) as census:
+            counts = census["census_data"]["homo_sapiens"].ms["RNA"].X["raw"]
+            shutil.rmtree(path)
+            list(counts.read((slice(0, 100),)).tables())
+
+    with pytest.raises(CellmillError, match="the Census at .*soma could not be read to the end .*run again") as error:
+        read_counts()
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +131,7 @@ def test_unknown_terms_end_in_one_sentence(census, terms, said):
 
 
 def test_an_unknown_organism_ends_in_one_sentence(census):
-    with pytest.raises(CellmillError, match="no organism 'mus_musculus'; corpus.organism may be homo_sapiens"):
+    with pytest.raises(CellmillError, match="no organism 'mus_musculus'; corpus.organisms may be homo_sapiens"):
         check_terms(census, "mus_musculus", {})
 
 
