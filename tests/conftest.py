@@ -43,7 +43,7 @@ def demo_census() -> DemoCensus:
     cache = Path(tempfile.gettempdir()) / f"cellmill-tests-{os.getuid()}"
     pins = ROOT / "envs" / "data-wheels.txt"
     room = ROOT / "workflow" / "cellmill" / "census"
-    modules = ("build", "demo", "genes", "h5ad", "layout", "ontology", "organisms", "wheels")
+    modules = ("build", "demo", "genes", "h5ad", "layout", "ontology", "organisms", "source", "wheels")
     made_by = [Path(__file__), pins, *(room / f"{module}.py" for module in modules)]
     version = hashlib.sha256(b"".join(path.read_bytes() for path in made_by)).hexdigest()[:12]
     demo = DemoCensus(

@@ -10,8 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from cellmill.census.build import build_census
+from cellmill.census.build import build_census, write_census
+from cellmill.census.genes import read_gene_table
 from cellmill.census.h5ad import find_h5ads, open_h5ad, read_chunks
+from cellmill.census.organisms import said_organism
+from cellmill.census.source import make_source
+from cellmill.census.wheels import write_gene_table
 from cellmill.errors import CellmillError
 
 REAL = (
@@ -33,12 +37,20 @@ def cells(demo_census) -> ad.AnnData:
 def build(demo_census, tmp_path):
     """Build a Census of the given files in a folder of the test."""
 
-    def build(*h5ads, **options):
+    def build(*h5ads, tables=None, **options):
         options = {"extra_obs": [], "mapping": tmp_path / "mapping.parquet", "quiet": True} | options
-        build_census(list(h5ads), demo_census.genes, tmp_path / "soma", **options)
+        build_census(list(h5ads), tables or {"homo_sapiens": demo_census.genes}, tmp_path / "soma", **options)
         return tmp_path / "soma"
 
     return build
+
+
+@pytest.fixture(scope="module")
+def tables(demo_census, tmp_path_factory):
+    """Gene tables of human and mouse."""
+    mouse = tmp_path_factory.mktemp("genes") / "mus_musculus.csv.gz"
+    write_gene_table(demo_census.wheels, mouse, "mus_musculus")
+    return {"homo_sapiens": demo_census.genes, "mus_musculus": mouse}
 
 
 def write(adata: ad.AnnData, path):
@@ -87,6 +99,127 @@ def test_missing_general_tissue_comes_from_the_ontology(cells, demo_census, buil
     obs = read_back(build(write(some, tmp_path / "liver.h5ad"), wheels=demo_census.wheels), "liver").obs
     assert set(obs["tissue_general"].astype(str)) == {"liver"}
     assert set(obs["tissue_general_ontology_term_id"].astype(str)) == {"UBERON:0002107"}
+
+
+def test_columns_of_files_fill_the_census_own(data, demo_census, build):
+    paths = [data / "cells" / f"{name}.h5ad" for name in ("fasttopics_pbmc_facs", "celltypist_sample", "baron_h1")]
+    soma = build(*paths, obs_columns={"cell_type": ["subpop", "celltype"], "batch": ["split"]}, extra_obs=["batch"])
+    facs, baron = (ad.read_h5ad(paths[at]).obs for at in (0, 2))
+    read = read_back(soma, "fasttopics_pbmc_facs").obs
+    assert list(read["cell_type"].astype(str)) == list(facs["subpop"].astype(str))
+    assert list(read["batch"].astype(str)) == list(facs["split"].astype(str))
+    assert set(read["cell_type_ontology_term_id"].astype(str)) == {"unknown"}
+    assert set(read_back(soma, "celltypist_sample").obs["cell_type"].astype(str)) == {"unknown"}
+    # a file's own column goes before any other
+    assert list(read_back(soma, "baron_h1").obs["cell_type"].astype(str)) == list(baron["cell_type"].astype(str))
+    with cellxgene_census.open_soma(uri=str(soma)) as census:
+        summary = census["census_info"]["summary"].read().concat().to_pandas().set_index("label")["value"]
+    assert summary["columns_from fasttopics_pbmc_facs"] == "cell_type: subpop, batch: split"
+    assert "columns_from baron_h1" not in summary
+    assert "cell_type," not in summary["filled_columns fasttopics_pbmc_facs"]
+
+
+def test_two_organisms_are_two_experiments_of_one_census(data, tables, build):
+    paths = [
+        data / "multiome" / "scicar_mouse_kidney_rna_atac.h5ad",  # says its species in uns; ids with versions
+        data / "cells" / "celltypist_sample.h5ad",  # says nothing: human by default
+        data / "time" / "mouse_blastocyst_E3.5_E4.5.h5ad",  # says nothing; the mouse's symbols in capitals
+    ]
+    soma = build(*paths, tables=tables, file_organisms={"mouse_blastocyst_E3.5_E4.5": "mouse"})
+    given = [ad.read_h5ad(path) for path in paths]
+    mapping = pd.read_parquet(soma.parent / "mapping.parquet")
+    organisms = mapping.groupby("dataset_id")["organism"].unique().map(list)
+    assert [organisms[path.stem] for path in paths] == [["mus_musculus"], ["homo_sapiens"], ["mus_musculus"]]
+    shares = mapping.assign(is_mapped=mapping["feature_id"].notna() * mapping["counts"]).groupby("dataset_id")
+    shares = shares["is_mapped"].sum() / shares["counts"].sum()
+    assert (shares[[paths[0].stem, paths[2].stem]] > 0.99).all()
+    capitals = mapping[mapping["dataset_id"] == paths[2].stem].set_index("gene")
+    assert capitals.loc["GPX7", ["feature_id", "how"]].tolist() == ["ENSMUSG00000028597", "symbol"]
+
+    with cellxgene_census.open_soma(uri=str(soma)) as census:
+        datasets = census["census_info"]["datasets"].read().concat().to_pandas()
+        assert list(datasets["dataset_id"]) == [path.stem for path in paths]
+        assert list(datasets["dataset_total_cell_count"]) == [part.n_obs for part in given]
+        assert set(census["census_info"]["organisms"].read().concat()["organism"].to_pylist()) == set(tables)
+        counts = census["census_info"]["summary_cell_counts"].read().concat().to_pandas()
+        assert (counts.groupby(["organism", "category"])["total_cell_count"].sum().unstack().T == [559, 1456]).all(None)
+        for organism, own in (("homo_sapiens", [1]), ("mus_musculus", [0, 2])):
+            read = cellxgene_census.get_anndata(census, organism)
+            assert list(read.obs["soma_joinid"]) == list(range(read.n_obs))
+            assert list(read.obs["observation_joinid"]) == [cell for at in own for cell in given[at].obs_names]
+            prefix = {"homo_sapiens": "ENSG0", "mus_musculus": "ENSMUSG0"}[organism]
+            assert read.var["feature_id"].str.startswith(prefix).all()
+            kept = mapping[(mapping["organism"] == organism) & mapping["feature_id"].notna()]
+            assert read.X.sum() == kept["counts"].sum()
+            presence = cellxgene_census.get_presence_matrix(census, organism).toarray()
+            assert presence.shape == (3, read.n_vars)
+            for at, path in enumerate(paths):
+                cells = (read.obs["dataset_id"] == path.stem).to_numpy()
+                assert np.array_equal(presence[at], np.asarray((read.X[cells] > 0).sum(axis=0) > 0).ravel())
+
+
+@pytest.mark.parametrize(
+    ("uns", "obs"),
+    [
+        ({"organism": "Mus musculus"}, {}),
+        ({"species": "mus_musculus"}, {"tissue": "kidney"}),
+        ({"organism_ontology_term_id": "NCBITaxon:10090"}, {"organism": "Homo sapiens"}),
+        ({}, {"organism": "mouse"}),
+        ({"organism": "unknown"}, {"organism_ontology_term_id": "NCBITaxon:10090"}),
+    ],
+)
+def test_a_file_says_its_organism(uns, obs):
+    assert said_organism(uns, pd.DataFrame(obs, index=["cell1", "cell2"]), "x.h5ad") == "mus_musculus"
+
+
+def test_organisms_that_no_census_can_hold(cells, build, tmp_path):
+    fish, both = cells.copy(), cells.copy()
+    fish.uns["organism"] = "Danio rerio"
+    with pytest.raises(
+        CellmillError, match=r"fish.h5ad: uns\['organism'\] 'Danio rerio' is not an organism of the Cen"
+    ):
+        build(write(fish, tmp_path / "fish.h5ad"))
+    both.obs["organism"] = ["Homo sapiens"] * 20 + ["Mus musculus"] * (both.n_obs - 20)
+    with pytest.raises(
+        CellmillError, match=r"obs\['organism'\] names several organisms \(Homo sapiens, Mus musculus\)"
+    ):
+        build(write(both, tmp_path / "both.h5ad"))
+    # the user's own word goes before the file's
+    build(tmp_path / "fish.h5ad", file_organisms={"fish": "human"})
+
+
+def test_cells_that_a_program_makes(demo_census, cells, tmp_path):
+    genes = {"homo_sapiens": read_gene_table(demo_census.genes)}
+
+    def chunks():
+        for start in range(0, 2 * cells.n_obs, 11):
+            rows = np.arange(start, min(start + 11, 2 * cells.n_obs)) % cells.n_obs
+            yield start, cells.X[rows]
+
+    obs = pd.concat([cells.obs, cells.obs])
+    source = make_source("twice", obs, cells.var, chunks, genes["homo_sapiens"], "homo_sapiens")
+    write_census([source], genes, tmp_path / "soma", mapping=tmp_path / "mapping.parquet", quiet=True)
+    read = read_back(tmp_path / "soma", "twice")
+    assert read.n_obs == 2 * cells.n_obs
+    assert (read.X[: cells.n_obs] != read.X[cells.n_obs :]).nnz == 0
+    assert read.X.sum() == pd.read_parquet(tmp_path / "mapping.parquet").dropna(subset="feature_id")["counts"].sum()
+    short = make_source("short", obs, cells.var, lambda: [(0, cells.X)], genes["homo_sapiens"], "homo_sapiens")
+    with pytest.raises(CellmillError, match=f"short gave the counts of {cells.n_obs} cells for the {2 * cells.n_obs}"):
+        write_census([short], genes, tmp_path / "soma", mapping=tmp_path / "mapping.parquet", quiet=True)
+    assert read_back(tmp_path / "soma", "twice").n_obs == 2 * cells.n_obs
+
+
+def test_counts_of_many_tiles_of_cells_and_genes(demo_census, cells, build, tmp_path):
+    # chunks that begin anywhere in a tile: the second data set starts at a joinid that is no multiple of 2,048
+    li = ad.read_h5ad(demo_census.h5ads / "li_cell_lines.h5ad")[::19, ::8]
+    many = ad.concat([li] * 80)
+    many.obs_names = [f"cell{at}" for at in range(many.n_obs)]
+    soma = build(write(li, tmp_path / "a.h5ad"), write(many, tmp_path / "b.h5ad"))
+    first, read = read_back(soma, "a"), read_back(soma, "b")
+    assert read.n_obs == 2400
+    assert read.n_vars > 2048
+    for at in range(0, 2400, 30):
+        assert (read.X[at : at + 30] != first.X).nnz == 0
 
 
 @pytest.mark.parametrize("kind", ["csr", "csc", "dense"])
@@ -203,10 +336,20 @@ def test_impossible_requests(cells, build, tmp_path):
         build(path, write(cells, tmp_path / "other" / "a.h5ad"))
     with pytest.raises(CellmillError, match="'danio_rerio' is not an organism"):
         build(path, organism="danio_rerio")
+    with pytest.raises(CellmillError, match="census.organisms names 'b', but no file is called so; it knows a"):
+        build(path, file_organisms={"b": "mouse"})
+    with pytest.raises(CellmillError, match=r"a.h5ad is of mus_musculus, but gene tables .* homo_sapiens only"):
+        build(path, file_organisms={"a": "mouse"})
     with pytest.raises(CellmillError, match="which a Census has anyway"):
         build(path, extra_obs=["tissue"])
     with pytest.raises(CellmillError, match="census.extra_obs names 'tisue', a column of no file's obs; did you mean"):
         build(path, extra_obs=["tisue"])
+    with pytest.raises(CellmillError, match=r"census.obs_columns fills 'cel_type', .* did you mean 'cell_type'"):
+        build(path, obs_columns={"cel_type": ["donor_id"]})
+    with pytest.raises(CellmillError, match="census.obs_columns fills 'raw_sum', which is neither"):
+        build(path, obs_columns={"raw_sum": ["donor_id"]})
+    with pytest.raises(CellmillError, match=r"census.obs_columns.cell_type names 'lin', a column of no file's obs"):
+        build(path, obs_columns={"cell_type": ["donor_id", "lin"]})
     (tmp_path / "soma").mkdir()
     (tmp_path / "soma" / "thesis.doc").write_text("dear")
     with pytest.raises(CellmillError, match="is no Census"):
@@ -221,8 +364,9 @@ import os, signal
 from pathlib import Path
 import cellmill.census.build as build
 build.write_mapping = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-build.build_census([Path({str(path)!r})], Path({str(demo_census.genes)!r}), Path({str(tmp_path / "soma")!r}),
-                   extra_obs=[], mapping=Path({str(tmp_path / "mapping.parquet")!r}), quiet=True)
+build.build_census([Path({str(path)!r})], {{"homo_sapiens": Path({str(demo_census.genes)!r})}},
+                   Path({str(tmp_path / "soma")!r}), extra_obs=[],
+                   mapping=Path({str(tmp_path / "mapping.parquet")!r}), quiet=True)
 """
     killed = subprocess.run([sys.executable, "-c", program], capture_output=True)
     assert killed.returncode == -signal.SIGKILL

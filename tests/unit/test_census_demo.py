@@ -7,8 +7,8 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import tiledbsoma as soma
-from cellmill.census.build import OBS_SCHEMA
 from cellmill.census.demo import BARON_TYPES, LINES
+from cellmill.census.layout import OBS_SCHEMA
 
 NAMES = ("baron_pancreas", "celltypist_blood", "li_cell_lines")
 

@@ -5,7 +5,7 @@ import gzip
 import anndata as ad
 import pandas as pd
 import pytest
-from cellmill.census.genes import GeneTable, map_genes, mapped_shares, read_gene_table
+from cellmill.census.genes import GeneTable, in_capitals, map_genes, mapped_shares, read_gene_table
 from cellmill.errors import CellmillError
 
 
@@ -31,6 +31,26 @@ def test_a_symbol_of_several_ids_goes_to_the_one_that_hgnc_names(table):
     # CD99 lies in the pseudoautosomal region: the copies on X and Y have an id each and one symbol.
     assert (table.genes["feature_name"] == "CD99").sum() == 2
     assert map_genes(pd.DataFrame(index=["CD99"]), table, "x")["feature_id"].tolist() == ["ENSG00000002586"]
+
+
+def test_names_in_capitals_are_matched_as_such_where_all_are(table):
+    # C1orf87 is a current symbol; a file that has any small letter is taken at its word
+    capitals = map_genes(pd.DataFrame(index=["C1ORF87", "INS"]), table, "x")
+    assert list(capitals["feature_id"]) == ["ENSG00000162598", "ENSG00000254647"]
+    assert list(capitals["how"]) == ["symbol", "symbol"]
+    assert list(map_genes(pd.DataFrame(index=["C1ORF87", "INS", "x"]), table, "x")["how"]) == ["none", "symbol", "none"]
+
+
+def test_capitals_that_are_of_two_genes_are_ambiguous(tmp_path):
+    (tmp_path / "genes.csv").write_text(
+        "ENSMUSG00000000001,Aa1,1,1,protein_coding\nENSMUSG00000000002,AA1,1,1,protein_coding\n"
+        "ENSMUSG00000000003,Gapdh,1,1,protein_coding\n"
+    )
+    mouse = read_gene_table(tmp_path / "genes.csv")
+    mapping = map_genes(pd.DataFrame(index=["GAPDH", "AA1"]), mouse, "x")
+    # AA1 is the symbol of one gene as it stands
+    assert list(mapping["feature_id"]) == ["ENSMUSG00000000003", "ENSMUSG00000000002"]
+    assert in_capitals(mouse.symbols) == {"AA1": None, "GAPDH": "ENSMUSG00000000003"}
 
 
 def test_ids_in_a_column_go_before_names_in_the_index(table):

@@ -56,7 +56,7 @@ def test_bad_requests_end_in_one_sentence(demo_census, tmp_path):
 
 
 def test_gene_table_is_the_same_bytes_each_time_and_has_aliases(demo_census, tmp_path):
-    write_gene_table(demo_census.wheels, tmp_path / "genes.csv.gz")
+    write_gene_table(demo_census.wheels, tmp_path / "genes.csv.gz", "homo_sapiens")
     assert (tmp_path / "genes.csv.gz").read_bytes() == demo_census.genes.read_bytes()
     table = pd.read_csv(demo_census.genes, header=None, keep_default_na=False, index_col=0)
     assert table.loc["ENSG00000254647", 1] == "INS"
@@ -64,11 +64,33 @@ def test_gene_table_is_the_same_bytes_each_time_and_has_aliases(demo_census, tmp
     assert (table[5] != "").sum() > 10_000
 
 
-def test_gene_table_of_another_organism(demo_census, tmp_path):
+def test_gene_table_of_the_mouse_has_synonyms_of_mgi(demo_census, tmp_path):
     write_gene_table(demo_census.wheels, tmp_path / "genes.csv.gz", "mus_musculus")
     table = pd.read_csv(tmp_path / "genes.csv.gz", header=None, keep_default_na=False, index_col=0)
     assert table.loc["ENSMUSG00000059552", 1] == "Trp53"
+    assert {"p53", "p44"} <= set(table.loc["ENSMUSG00000059552", 5].split("|"))
+    assert (table[5] != "").mean() > 0.3
+
+
+@pytest.mark.parametrize(
+    ("organism", "feature_id", "symbol"),
+    [
+        ("macaca_mulatta", "ENSMMUG00000023296", "PGBD2"),
+        ("callithrix_jacchus", "ENSCJAG00000077381", "U6"),
+        ("pan_troglodytes", "ENSPTRG00000042657", "MT-CO1"),
+    ],
+)
+def test_gene_tables_of_the_other_species(demo_census, tmp_path, organism, feature_id, symbol):
+    write_gene_table(demo_census.wheels, tmp_path / "genes.csv.gz", organism)
+    table = pd.read_csv(tmp_path / "genes.csv.gz", header=None, keep_default_na=False, index_col=0)
+    assert table.loc[feature_id, 1] == symbol
     assert (table[5] == "").all()
+    assert len(table) > 30_000
+
+
+def test_gene_table_of_no_organism_of_the_census(demo_census, tmp_path):
+    with pytest.raises(CellmillError, match="'danio_rerio' is not an organism of the Census"):
+        write_gene_table(demo_census.wheels, tmp_path / "genes.csv.gz", "danio_rerio")
 
 
 def test_ontology_terms(demo_census):

