@@ -9,7 +9,7 @@ from cellmill.report.corpus import write_corpus_page
 with job(snakemake.log[0]):
     given, params = snakemake.input, snakemake.params
 
-    def named(names: list[str], paths: list[str]) -> dict[str, Path]:
+    def named(names: list[str], paths: list[str]) -> dict[str, Path]:  # noqa: D103
         return dict(zip(names, map(Path, paths), strict=True))
 
     write_corpus_page(
