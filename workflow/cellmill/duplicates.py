@@ -37,12 +37,12 @@ DUPLICATES_SCHEMA = pa.schema(
 LEAKS_SCHEMA = pa.schema(
     [
         ("soma_joinid", pa.int64()),
-        ("dataset_id", NAME),
+        ("dataset_id", pa.string()),
         ("observation_joinid", pa.string()),
-        ("selection", NAME),
-        ("benchmark", NAME),
+        ("selection", pa.string()),
+        ("benchmark", pa.string()),
         ("benchmark_joinid", pa.int64()),
-        ("benchmark_dataset_id", NAME),
+        ("benchmark_dataset_id", pa.string()),
         ("benchmark_observation_joinid", pa.string()),
     ]
 )
@@ -156,7 +156,7 @@ def audit_leaks(
                 tables.append(targets.leaks(selection, batch, prints_BG))
                 progress.update(start + len(batch))
         compared[selection] = _described(counts)
-    leaks = pa.concat_tables(tables).unify_dictionaries()
+    leaks = pa.concat_tables(tables)
     leaks = leaks.sort_by([(name, "ascending") for name in ("selection", "dataset_id", "soma_joinid", "benchmark")])
     fails = action == "fail" and len(leaks) > 0
     with atomic(found if fails else out) as temporary:
@@ -222,12 +222,12 @@ class _Targets:
         ours, theirs = batch.take(pa.array(cell)), self.table.take(target)
         columns = [
             ours["soma_joinid"],
-            ours["dataset_id"],
+            ours["dataset_id"].cast(pa.string()),
             ours["observation_joinid"],
-            _names(np.zeros(len(cell)), [selection]),
-            _names(benchmark, self.benchmarks),
+            pa.repeat(selection, len(cell)),
+            pa.array(self.benchmarks, pa.string()).take(pa.array(benchmark)),
             theirs["soma_joinid"],
-            theirs["dataset_id"],
+            theirs["dataset_id"].cast(pa.string()),
             theirs["observation_joinid"],
         ]
         return pa.table(columns, schema=LEAKS_SCHEMA)
