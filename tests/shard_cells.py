@@ -8,7 +8,8 @@ import pyarrow as pa
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.format import OBS_STRINGS, ROW_GROUP
 from cellmill.shards.manifest import write_manifest
-from cellmill.shards.writer import ShardWriter
+from cellmill.shards.order import Order
+from cellmill.shards.writer import BlockWriter, ShardWriter
 from scipy.sparse import csr_matrix
 
 HASH = "0" * 64
@@ -56,6 +57,26 @@ def write_shards(folder: Path, splits: dict, *, n_genes: int, cells_per_shard: i
         splits=written,
     )
     return folder
+
+
+def write_blocks(folder: Path, cells: CellBatch, obs: pa.Table, order: Order, n: int, at_a_time: int) -> list[Path]:
+    """`n` blocks of neighbouring cells; every seventh cell is of the split validation, if there is one."""
+    paths = []
+    for block, rows in enumerate(np.array_split(np.arange(len(cells)), n)):
+        paths.append(folder / f"{block}.blk")
+        with BlockWriter(paths[-1], order) as writer:
+            for start in range(0, len(rows), at_a_time):
+                some = rows[start : start + at_a_time]
+                for split in order.edges:
+                    mine = some[[split_of(row, order) == split for row in some]] if len(some) else some
+                    writer.write(cells.take(mine), obs.take(mine), split)
+    return paths
+
+
+def split_of(row: int, order: Order) -> str:
+    """The split of the cell in this row of all that `write_blocks` was given."""
+    validation = "validation" if row % 7 == 0 else "train"
+    return validation if validation in order.edges else next(iter(order.edges))
 
 
 def same_cells(a: CellBatch, b: CellBatch) -> bool:

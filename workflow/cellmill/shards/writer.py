@@ -392,9 +392,11 @@ class _DistinctRows:
             span = values_B.max() - values_B.min() + 1
             _, kind_B = np.unique(kind_B * span + values_B - values_B.min(), return_inverse=True)
         _, first, kind_B = np.unique(kind_B, return_index=True, return_inverse=True)
-        rows = zip(*(obs[name].take(first).to_pylist() for name in self._names), strict=True)
-        numbers = [self._numbers.setdefault(row, len(self._numbers)) for row in rows]
-        return np.array(numbers, np.int32)[kind_B]
+        appeared = np.argsort(first)  # numbers are given in this order, which no coding of the strings changes
+        rows = zip(*(obs[name].take(first[appeared]).to_pylist() for name in self._names), strict=True)
+        numbers = np.empty(len(first), np.int32)
+        numbers[appeared] = [self._numbers.setdefault(row, len(self._numbers)) for row in rows]
+        return numbers[kind_B]
 
     def serialized(self) -> bytes:
         """The distinct rows in the order of their numbers, as an Arrow IPC stream."""
