@@ -1,4 +1,4 @@
-"""Censuses and corpora that benchmarks share, cached under ``results/bench`` by the version of the code that builds them.
+"""Censuses and corpora that benchmarks share, cached under ``results/bench`` by the version of the code.
 
 Each is built by cellmill itself: a private Census of all real cells, one of many cells that are real ones thinned, and
 the corpus phase of a selection, every job in a process of its own and two at a time, as ``snakemake --cores 2`` does.
@@ -120,7 +120,7 @@ class Corpus:
 
 
 def real_corpus(options: Options) -> Path:
-    """Shards of all real cells: no quality rule, every gene, copies kept; what one unit of validation takes is missing."""
+    """Shards of all real cells, every gene, copies too; one data set is held out, as every corpus holds out some."""
     soma = real_census(options)
     corpus = soma.parent / "corpus"
     if not (corpus / "shards" / "manifest.json").exists():

@@ -90,7 +90,7 @@ class Run:
             organism=self.organism,
             quality=self.selection.quality,
             extra_obs=[],
-            doublets=None,
+            doublets=[],
             out=self.block_files(".parquet")[block],
             qc=self.block_files(".qc.parquet")[block],
             prints=self.block_files(".prints.parquet")[block],
@@ -98,9 +98,7 @@ class Run:
 
     def duplicates(self, _: int):
         """Cells with the profile of another one."""
-        return find_duplicates(
-            self.block_files(".prints.parquet"), out=self.copies, drop=self.selection.duplicates == "drop"
-        )
+        return find_duplicates(self.block_files(".prints.parquet"), out=self.copies)
 
     def shuffle(self, part: int):
         """The shards of one part of the selection."""

@@ -93,11 +93,10 @@ def tiledbsoma_ml(folder: Path, epoch: int, settings: dict) -> Stream:
     import tiledbsoma
     from tiledbsoma_ml import ExperimentDataset
 
-    about = json.loads((folder / "soma.json").read_text())
     joinids = np.load(folder / "joinids.npy")
     # 100 MiB is tiledbsoma's default buffer; a buffer that holds a whole IO batch spares incomplete reads
     context = tiledbsoma.SOMATileDBContext(tiledb_config={"soma.init_buffer_bytes": settings["buffer_mb"] * 2**20})
-    experiment = tiledbsoma.Experiment.open(f"{about['soma']}/census_data/{about['organism']}", context=context)
+    experiment = tiledbsoma.Experiment.open(str((folder / "soma").resolve()), context=context)
     query = experiment.axis_query("RNA", obs_query=tiledbsoma.AxisQuery(coords=(joinids,)))
     dataset = ExperimentDataset(
         query,

@@ -1,12 +1,9 @@
-"""How long the demo's scoring takes: 24 embeddings of Baron's cells in 4 processes, 2 at a time.
-
-    python tests/bench/score_demo.py annotation|integration
+"""How long the demo's scoring takes: 24 embeddings of Baron's cells in 4 processes, 2 at a time, cold and warm cache.
 
 Stand-ins of the models' embeddings (random projections of hvg_pca to width 128) cost what real ones cost.
 """
 
-import os
-import subprocess
+import json
 import sys
 import tempfile
 import time
@@ -14,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
+from harness import HERE, Options, Row, child
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-DATA = Path(os.environ.get("CELLMILL_DATA", Path(__file__).parents[3] / "shared" / "data"))
+sys.path.insert(0, str(HERE.parent))
+
+TASKS = ("annotation", "integration")
 SEEDS = (0, 1, 2)
 METHODS = {
     "model_a": ("a", "a.untrained"),
@@ -27,14 +25,15 @@ METHODS = {
 }
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, data: Path) -> None:
     """Shards and one .npy per embedding and seed."""
+    import numpy as np
     from cellmill.shards.dataset import Shards
     from cellmill.tasks.baselines import embed_baseline
     from cellmill.tasks.controls import embed_control
     from shard_cells import real_cells, write_shards
 
-    cells, obs = real_cells(DATA, "baron_h1")
+    cells, obs = real_cells(data, "baron_h1")
     n_genes = int(cells.genes.max()) + 1
     shards = Shards(write_shards(folder / "shards", {"all": (cells, obs)}, n_genes=n_genes, cells_per_shard=1024))
     for seed in SEEDS:
@@ -49,7 +48,7 @@ def prepare(folder: Path) -> None:
 
 
 def score(folder: Path, task_name: str, method: str) -> None:
-    """One process: all embeddings of a method."""
+    """All embeddings of a method, in this process."""
     from cellmill.tasks import load_task, score_embeddings
 
     task = load_task(task_name)
@@ -64,25 +63,26 @@ def score(folder: Path, task_name: str, method: str) -> None:
     score_embeddings(task, task.Settings(), "baron", pairs, folder / "shards", section, made_by, folder / "cache")
 
 
-def timed(folder: Path, task: str, method: str) -> tuple[str, float]:
-    started = time.perf_counter()
-    subprocess.run([sys.executable, __file__, task, str(folder), method], check=True, stderr=subprocess.DEVNULL)
-    return method, time.perf_counter() - started
+def measure(options: Options) -> list[Row]:
+    """Seconds of each task; a job's compiled programs are cached between the two rounds."""
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        child("scoring.py", "prepare", temporary, str(options.data))
+        for task in TASKS:
+            for cache in ("cold", "warm"):
+                began = time.perf_counter()
+                with ThreadPoolExecutor(2) as pool:
+                    done = list(pool.map(lambda method: child("scoring.py", task, temporary, method), METHODS))  # noqa: B023
+                cpu = sum(job["cpu"] for job in done)
+                note = f"24 embeddings, 4 processes, two at a time; {cpu:.1f} s CPU; {cache} cache of compiled programs"
+                rows.append(Row(f"{task}, {cache} cache", time.perf_counter() - began, "s", note=note))
+    return rows
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4:
-        score(Path(sys.argv[2]), sys.argv[1], sys.argv[3])
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            prepare(folder)
-            for cache in ("cold", "warm"):
-                cpu, started = os.times(), time.perf_counter()
-                with ThreadPoolExecutor(2) as pool:
-                    for method, seconds in pool.map(lambda m: timed(folder, sys.argv[1], m), METHODS):
-                        print(f"{sys.argv[1]}, {method}: {seconds:.1f} s")
-                wall, used = time.perf_counter() - started, os.times()
-                cpu = used.children_user + used.children_system - cpu.children_user - cpu.children_system
-                said = f"{wall:.1f} s wall, {cpu:.1f} s CPU; load {os.getloadavg()[0]:.1f}"
-                print(f"{sys.argv[1]}, all, {cache} cache: {said}", flush=True)
+    from harness import measured
+
+    what, where, more = sys.argv[1:]
+    with measured() as figures:
+        prepare(Path(where), Path(more)) if what == "prepare" else score(Path(where), what, more)
+    print(json.dumps(figures))

@@ -1,0 +1,101 @@
+"""Curation of 1, 10 and 100 data sets of the large Census: memory, time, and cells per second against a bare scan.
+
+Every job of the corpus phase runs in a process of its own, two at a time. Before each pair of blocks, two processes read
+the same ranges of X and do nothing with the counts (`corpus_job.Run.scan`): the limit, with the same buffers, in the
+same minute. Speeds are of the jobs' own seconds, without the start of Python and its imports, which memory includes.
+
+Thresholds are the config's defaults; 50,000 cells a block.
+"""
+
+import numpy as np
+from corpora import Corpus
+from harness import Options, Row, at_least, at_most
+from million import DATASETS, census_of
+
+SIZES = (1, 10, 100)
+"""Data sets."""
+CELLS_PER_BLOCK = 50_000
+MB_LIMIT = 2000
+
+
+def measure(options: Options) -> list[Row]:
+    """Curate the three sizes."""
+    soma = census_of(options)
+    done = {}
+    for size in SIZES:
+        cells = options.cells // DATASETS * size
+        selection = {
+            "include": {"dataset_id": [f"thinned{dataset:03d}" for dataset in range(size)]},
+            "blocks": max(2, -(-cells // CELLS_PER_BLOCK)),
+            "splits": {"unit": "donor", "validation_fraction": 0.05},
+        }
+        corpus = Corpus(soma, options.folder / "curation" / str(size), selection)
+        done[cells] = corpus.all()
+    return rows_of(done)
+
+
+def rows_of(done: dict[int, dict[str, list[dict]]]) -> list[Row]:
+    """Rows from the figures of all jobs, by number of cells and kind of job."""
+    rows = []
+    seconds, cpus, peaks = {}, {}, {}
+    for cells, jobs in done.items():
+        work = {kind: figures for kind, figures in jobs.items() if kind != "scan"}
+        seconds[cells] = total(work, "seconds")
+        cpus[cells] = total(work, "cpu")
+        peaks[cells] = max(job["peak_mb"] for figures in work.values() for job in figures)
+        made = jobs["shards"][0]["returned"]
+        size = f"{cells:,} cells"
+        rows += [
+            Row(f"{size}: time of all jobs", seconds[cells], "s", note="sum over jobs, two of which run at a time"),
+            Row(f"{size}: CPU time of all jobs", cpus[cells], "s"),
+            Row(f"{size}: peak memory of any job", peaks[cells], "MB", "limit", MB_LIMIT, at_most(1, "ratio")),
+        ]
+        for kind, figures in work.items():
+            note = f"{len(figures)} jobs, {total({kind: figures}, 'seconds'):.1f} s in all"
+            rows.append(Row(f"{size}: peak memory of {kind}", max(job["peak_mb"] for job in figures), "MB", note=note))
+        scan = {clock: total({"scan": jobs["scan"]}, clock) for clock in ("seconds", "cpu")}
+        alone = {clock: total({"curate_block": jobs["curate_block"]}, clock) for clock in ("seconds", "cpu")}
+        note = f"CPU seconds: {alone['cpu']:.1f} for {scan['cpu']:.1f} of the scan"
+        rows += [
+            against_scan(f"{size}: curate_block", cells, alone["seconds"], scan["seconds"], note),
+            against_scan(
+                f"{size}: all jobs", cells, seconds[cells], scan["seconds"], f"CPU seconds: {cpus[cells]:.1f}"
+            ),
+            Row(
+                f"{size}: bytes per nonzero",
+                made["bytes"] / made["nonzeros"],
+                "bytes",
+                "limit",
+                1.3,
+                at_most(1, "ratio"),
+                f"{made['cells']:,} cells, {made['nonzeros']:,} nonzeros in shards",
+            ),
+        ]
+    sizes = list(done)
+    many = sizes[1:]
+    limit = at_most(1.05)
+    return rows + [
+        Row("peak memory, largest over second", peaks[many[-1]], "MB", f"{many[0]:,} cells", peaks[many[0]], even()),
+        Row("exponent of time, all sizes", exponent(sizes, seconds), "", aim=limit),
+        Row("exponent of time, two largest", exponent(many, seconds), "", aim=limit),
+        Row("exponent of CPU time, two largest", exponent(many, cpus), "", aim=limit, note="less noisy than the clock"),
+    ]
+
+
+def even():
+    return at_most(1.1, "ratio")
+
+
+def total(jobs: dict[str, list[dict]], clock: str) -> float:
+    """Sum of a figure over jobs."""
+    return sum(job[clock] for figures in jobs.values() for job in figures)
+
+
+def against_scan(what: str, cells: int, ours: float, scan: float, note: str) -> Row:
+    """Cells per second of one worker, and of the scan."""
+    return Row(what, cells / ours, "cells/s", "bare scan", cells / scan, at_least(0.7, "ratio"), note)
+
+
+def exponent(sizes: list[int], seconds: dict[int, float]) -> float:
+    """Slope of log time over log cells, by least squares."""
+    return float(np.polyfit(np.log(sizes), np.log([seconds[size] for size in sizes]), 1)[0])
