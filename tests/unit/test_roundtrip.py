@@ -13,7 +13,7 @@ from cellmill.vocabulary import Vocabulary
 from corpus_runs import PANCREAS, corpus
 from scipy.sparse import csr_matrix
 
-EVERYTHING = Quality(min_counts=0, min_genes=0, max_mito_fraction=1.0)
+EVERYTHING = Quality(min_counts=0, min_genes=0, max_mito_fraction=1.0, max_mads=None)
 
 
 @pytest.fixture(scope="module")
