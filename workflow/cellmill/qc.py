@@ -227,11 +227,3 @@ def removed_by_rule(rows: list[dict]) -> dict[str, int]:
         if row["rule"] in removed:
             removed[row["rule"]] += row["removed"]
     return removed
-
-
-MITO_RULE = X_RULES[0]
-
-
-def add_mito_rows(rows: list[dict], removed: dict[str, int]) -> list[dict]:
-    """`add_rows` with the mitochondrial rule alone."""
-    return add_rows(rows, {MITO_RULE: removed})

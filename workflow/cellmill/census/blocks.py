@@ -27,19 +27,19 @@ NONZEROS_PER_SHARD = 2**27
 """Shards hold no more, about: a shard is sorted in memory."""
 
 # Measured on a 2-core machine (docs/log.md); `make bench` measures them anew.
-BYTES_PER_NONZERO = 1.25
+BYTES_PER_NONZERO = 1.0
 """Of finished shards, for each nonzero of all genes."""
 CURATE_NS = 45
-"""CPU time of reading, checking and packing one nonzero."""
+"""CPU time of reading, checking and packing one nonzero, on a machine that does nothing else."""
 SHUFFLE_NS = 20
 """CPU time of putting one nonzero in its place in its shard."""
-JOB_SECONDS = 4
+JOB_SECONDS = 2
 """CPU time of starting one job."""
 JOB_MB = 500
 """Memory of a job with nothing read."""
-BUFFERS = 6
+BUFFERS = 5
 """Read buffers of `census.buffer_mb` that a curating job fills, about, with what it makes of them."""
-SHUFFLE_BYTES_PER_NONZERO = 6
+SHUFFLE_BYTES_PER_NONZERO = 8
 """Memory of the shard that is being sorted."""
 
 

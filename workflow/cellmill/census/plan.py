@@ -37,8 +37,8 @@ from cellmill.files import atomic, unwritable
 from cellmill.shards.order import Order, hash_edges
 from cellmill.splits import ALL, TRAIN, VALIDATION, check_not_empty, units_of, validation_units
 
-OBS_BUFFER_MB = 4
-"""Read buffer of each column of obs: half a million cells at a time."""
+OBS_BUFFER_MB = 1
+"""Read buffer of each column of obs: 131,072 cells at a time, so that planning takes little memory."""
 _HEADINGS = ("selection", "organism", "data sets", "cells", "removed", "nonzeros", "GB of shards", "blocks")
 _HEADINGS += ("CPU hours", "MB per job")
 _WIDTH = 250
