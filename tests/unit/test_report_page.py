@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.sparse as sp
 from cellmill import scores
-from cellmill.census.plan import EDGES
+from cellmill.census.scan import EDGES
 from cellmill.config import DEMO
 from cellmill.errors import CellmillError
 from cellmill.qc import TABLE_SCHEMA
-from cellmill.report.inputs import read_histograms
 from cellmill.report.page import write_report
+from cellmill.report.quality import bin_cells, read_plan
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.format import OBS_STRINGS
 from cellmill.shards.manifest import write_manifest
@@ -176,6 +176,8 @@ def make_run(root: Path, data: Path, *, seeds=(0, 1, 2), n_cells=300, methods=ME
             "feature_type": ["protein_coding"] * baron.n_vars,
             "feature_length": [1000] * baron.n_vars,
             "is_mitochondrial": [name.startswith("MT-") for name in baron.var_names],
+            "is_ribosomal": [name.startswith(("RPL", "RPS")) for name in baron.var_names],
+            "fingerprint_group": pa.nulls(baron.n_vars, pa.int8()),
         }
     )
     root.mkdir(parents=True, exist_ok=True)
@@ -230,8 +232,11 @@ def make_run(root: Path, data: Path, *, seeds=(0, 1, 2), n_cells=300, methods=ME
         cells = {
             "soma_joinid": np.arange(1500),
             "dataset_id": ["blood"] * 1500,
+            "assay": ["10x 3' v3"] * 1500,
             "raw_sum": counts.astype(int),
             "nnz": (counts**0.85).astype(int),
+            "ribo_fraction": rng.beta(8, 20, 1500),
+            "doublet_score": pa.nulls(1500, pa.float64()),
         }
         mito = rng.beta(2, 40, 1500) if name == "corpus" else np.full(1500, np.nan)  # Baron has no mitochondrial genes
         table = pa.table(
@@ -246,7 +251,12 @@ def make_run(root: Path, data: Path, *, seeds=(0, 1, 2), n_cells=300, methods=ME
             }
             for quantity in ("raw_sum", "nnz")
         }
-        planned = {"histograms": {"edges": EDGES.tolist(), "datasets": {"blood": histograms}}}
+        planned = {
+            "selection": name,
+            "quality": DEMO.corpus.quality.model_dump(),
+            "mads": {},
+            "histograms": {"edges": EDGES.tolist(), "datasets": {"blood": histograms}},
+        }
         (folder / "plan.json").write_text(json.dumps(planned))
         qc.append(folder / "qc.parquet")
         plans.append(folder / "plan.json")
@@ -368,21 +378,22 @@ def test_histograms_show_removed_cells(run):
     """Below the threshold stand the cells that the plan removed; those of the mitochondrial rule have moved."""
     arguments, _ = run
     plan, path = arguments["plans"][0], arguments["qc_cells"][0]
-    rows = read_histograms(plan, path, {"min_counts": 500})
+    binned = bin_cells(read_plan(plan), path)
+    counts = binned.counts["dataset", "blood"]
     mito = pq.read_table(path).to_pandas()["removed_by"].notna().sum()
     planned = json.loads(plan.read_text())["histograms"]["datasets"]["blood"]
     low = sum(planned["raw_sum"]["min_counts"].values())
     assert min(low, mito) > 0
     for quantity in ("raw_sum", "nnz"):
-        cells = {part: sum(r["count"] for r in rows[quantity] if r.get("part") == part) for part in ("kept", "removed")}
-        assert cells == {"kept": 1500 - low - mito, "removed": low + mito}
-    below = [row for row in rows["raw_sum"] if row.get("x1", 1e9) < 500]
-    assert below
-    assert {row["part"] for row in below} == {"removed"}
-    assert sum(row["count"] for row in rows["mito_fraction"] if row.get("part")) == 1500 - low
+        assert counts[quantity].sum(axis=1).tolist() == [1500 - low - mito, low + mito]
+    below = counts["raw_sum"][:, np.flatnonzero(binned.edges["raw_sum"][1:] < 500)].sum(axis=1)
+    assert below[0] == 0
+    assert below[1] > 0
+    assert counts["mito_fraction"].sum(axis=1).tolist() == [1500 - low - mito, mito]
+    assert counts["doublet_score"].sum() == 0
     plan.with_name("old.json").write_text("{}")
     with pytest.raises(CellmillError, match=r"old.json holds no histograms"):
-        read_histograms(plan.with_name("old.json"), path, {})
+        read_plan(plan.with_name("old.json"))
 
 
 def test_page_loads_nothing(run):
@@ -390,16 +401,16 @@ def test_page_loads_nothing(run):
     assert page.loads, "the page has links"
     for tag, value in page.loads:
         assert tag in ("a", "link"), f"<{tag}> loads {value[:80]}"
-        assert value.startswith("#") or value in ("../scores.csv", "data:,")
+        assert value.startswith("#") or value in ("../scores.csv", "corpus.html", "data:,")
     for style in page.styles:
         assert "url(" not in style
         assert "@import" not in style
     assert page.html.count("Content-Security-Policy") >= 1
-    own = page.scripts[-1][1]
-    assert not re.search(r"https?://|fetch\(|XMLHttpRequest|import\(", own)
+    for _, own in page.scripts[2:]:
+        assert not re.search(r"https?://|fetch\(|XMLHttpRequest|import\(", own)
     specs = json.dumps(page.payload["specs"])
     assert '"url"' not in specs
-    assert [kind for kind, _ in page.scripts] == ["application/json", None, None], (
+    assert [kind for kind, _ in page.scripts] == ["application/json", None, None, None], (
         "the charts' library stands there once"
     )
 
@@ -463,7 +474,8 @@ def test_page_says_what_the_run_was(run):
         "not mapped",
         "pretrain",
         "max mito fraction",
-        "Not known of any cell",
+        "Its genes were not measured",
+        "No score was computed",
     ):
         assert said in text, said
     assert "min_counts: 500" in run[1].html

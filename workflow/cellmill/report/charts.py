@@ -20,6 +20,8 @@ CATEGORIES = [
 ]  # fmt: skip
 OTHER, REST = "all other", "#8b929c"
 
+SI = "format(datum.value, '~s')"  # an axis's own format writes zero as 0k
+
 _SOURCE = alt.NamedData(name="source")
 _FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
 _KIND = alt.Scale(domain=KINDS, range=[f"var(--{kind})" for kind in KINDS])
@@ -209,42 +211,224 @@ def split_bars() -> dict:
     return _finish(chart, height=200)
 
 
-@cache
-def histogram(log: bool, thresholds: bool) -> dict:
-    """Cells over a QC quantity, kept below removed. Data: ``x0, x1, y0, y1, part``, and rows of ``threshold``."""
-    scale = alt.Scale(type="log", nice=False) if log else alt.Scale(nice=False, zero=True)
-    colour = alt.Color(
-        "part:N", legend=None, scale=alt.Scale(domain=["kept", "removed"], range=["var(--bar)", "var(--removed)"])
-    )
-    axis = alt.Axis(grid=False, tickCount=4, format="~s" if log else ".0%")
-    bars = (
+def histogram(edges: list[float], domain: list[float], log: bool, form: str, thresholds: bool) -> dict:
+    """Cells over a QC quantity, kept below removed, of the `group` that is chosen.
+
+    Data: ``group, bin, kept, removed``, where bin i spans `edges` i and i + 1, and rows of ``group, threshold, rule``.
+    """
+    scale = alt.Scale(type="log" if log else "linear", nice=False, domain=domain)
+    x = alt.X("x0:Q", title=None, scale=scale, axis=alt.Axis(grid=False, tickCount=4, format=form))
+    height = alt.Y("kept:Q", title=None, axis=alt.Axis(tickCount=3, labelExpr=SI))
+    base = (
         alt.Chart()
-        .transform_filter("isValid(datum.x0)")
-        .mark_bar()
-        .encode(
-            x=alt.X("x0:Q", title=None, scale=scale, axis=axis),
-            x2="x1:Q",
-            y=alt.Y("y0:Q", title=None, axis=alt.Axis(tickCount=3, format="~s")),
-            y2="y1:Q",
-            color=colour,
-            tooltip=[
-                alt.Tooltip("part:N", title="cells"),
-                alt.Tooltip("count:Q", format=",", title="number"),
-                alt.Tooltip("x0:Q", format=".4~g", title="from"),
-                alt.Tooltip("x1:Q", format=".4~g", title="to"),
-            ],
+        .transform_filter("isValid(datum.bin)")
+        .transform_calculate(
+            x0="edges[datum.bin]", x1="edges[datum.bin + 1]", zero="0", top="datum.kept + datum.removed"
         )
+    )
+    tooltip = [
+        alt.Tooltip("x0:Q", format=".4~g" if log else form, title="from"),
+        alt.Tooltip("x1:Q", format=".4~g" if log else form, title="to"),
+        alt.Tooltip("kept:Q", format=","),
+        alt.Tooltip("removed:Q", format=","),
+    ]
+    kept = base.mark_bar(color="var(--bar)", binSpacing=0).encode(
+        x=x, x2="x1:Q", y=height, y2="zero:Q", tooltip=tooltip
+    )
+    removed = base.mark_bar(color="var(--removed)", binSpacing=0).encode(
+        x=x, x2="x1:Q", y=height, y2="top:Q", tooltip=tooltip
     )
     lines = (
         alt.Chart()
         .transform_filter("isValid(datum.threshold)")
-        .mark_rule(color="var(--ink)", strokeDash=[3, 3])
+        .mark_rule(color="var(--ink)", strokeDash=[3, 3], clip=True)
         .encode(
             x=alt.X("threshold:Q", scale=scale),
             tooltip=[alt.Tooltip("rule:N", title="threshold"), alt.Tooltip("threshold:Q", format=",~g")],
         )
     )
-    return _finish(alt.layer(bars, *([lines] if thresholds else [])), height=130)
+    chart = alt.layer(kept, removed, *([lines] if thresholds else [])).transform_filter("'' + datum.group === group")
+    return _finish(chart.add_params(_group(), alt.param(name="edges", value=edges)), height=130)
+
+
+def _group() -> alt.Parameter:
+    return alt.param(name="group", value="0")
+
+
+def density(edges: list[float], counts: list[float], genes: list[float]) -> dict:
+    """Raw counts against genes in squares, darker where more cells are; a dot where some were removed.
+
+    Data: ``group, i, j, kept, removed``, the square from `edges` i, j to i + 1, j + 1; the axes' domains are given.
+    """
+    over_x, over_y = (alt.Scale(type="log", nice=False, domain=domain) for domain in (counts, genes))
+    shade = alt.Scale(type="log", range=[0.12, 1])
+    tooltip = [
+        alt.Tooltip("x0:Q", format=",.0f", title="counts from"),
+        alt.Tooltip("y0:Q", format=",.0f", title="genes from"),
+        alt.Tooltip("kept:Q", format=","),
+        alt.Tooltip("removed:Q", format=","),
+    ]
+    axis = alt.Axis(grid=False, tickCount=4, format="~s")
+    squares = (
+        alt.Chart()
+        .mark_rect(color="var(--bar-deep)")
+        .encode(
+            x=alt.X("x0:Q", title="raw counts", scale=over_x, axis=axis),
+            x2="x1:Q",
+            y=alt.Y("y0:Q", title="genes", scale=over_y, axis=axis),
+            y2="y1:Q",
+            opacity=alt.Opacity("cells:Q", scale=shade, legend=None),
+            tooltip=tooltip,
+        )
+    )
+    dots = (
+        alt.Chart()
+        .transform_filter("datum.removed > 0")
+        .mark_circle(color="var(--removed)", opacity=0.9)
+        .encode(
+            x=alt.X("x:Q", scale=over_x),
+            y=alt.Y("y:Q", scale=over_y),
+            size=alt.Size("part:Q", scale=alt.Scale(type="sqrt", domain=[0, 1], range=[6, 50]), legend=None),
+            tooltip=tooltip,
+        )
+    )
+    chart = (
+        alt.layer(squares, dots)
+        .transform_filter("'' + datum.group === group")
+        .transform_calculate(
+            x0="edges[datum.i]", x1="edges[datum.i + 1]", y0="edges[datum.j]", y1="edges[datum.j + 1]",
+            x="sqrt(edges[datum.i] * edges[datum.i + 1])", y="sqrt(edges[datum.j] * edges[datum.j + 1])",
+            cells="datum.kept + datum.removed", part="datum.removed / (datum.kept + datum.removed)",
+        )
+        .add_params(_group(), alt.param(name="edges", value=edges))
+    )  # fmt: skip
+    return _finish(chart, height=330)
+
+
+@cache
+def strips(log: bool, form: str) -> dict:
+    """Quantiles of the kept cells of each data set: 5 to 95 % thin, 25 to 75 % thick, a tick at the median.
+
+    Data: ``dataset, cells, q05, q25, q50, q75, q95``.
+    """
+    scale = alt.Scale(type="log", nice=True) if log else alt.Scale(nice=True, zero=True)
+    labelled = alt.condition("datum.label", alt.value(1), alt.value(0))
+    axis = alt.Axis(tickCount=3, format=form, grid=True, gridOpacity=labelled)
+    y = alt.Y("dataset:N", title=None, sort=alt.EncodingSortField(field="cells", op="max", order="descending"))
+    tooltip = [
+        "dataset:N",
+        alt.Tooltip("cells:Q", format=",", title="kept cells"),
+        *(
+            alt.Tooltip(f"{name}:Q", format=",.4~g" if log else ".3~g", title=title)
+            for name, title in _QUANTILES.items()
+        ),
+    ]
+    base = alt.Chart().encode(y=y, tooltip=tooltip)
+    wide = base.mark_rule(strokeWidth=1.5, color="var(--bar)").encode(
+        x=alt.X("q05:Q", title=None, scale=scale, axis=axis), x2="q95:Q"
+    )
+    thick = base.mark_rule(strokeWidth=6, color="var(--bar)").encode(x=alt.X("q25:Q", scale=scale), x2="q75:Q")
+    middle = base.mark_tick(thickness=2.5, size=12, color="var(--bar-deep)").encode(x=alt.X("q50:Q", scale=scale))
+    return _finish(alt.layer(wide, thick, middle), height=200)
+
+
+_QUANTILES = {"q05": "5 %", "q25": "25 %", "q50": "median", "q75": "75 %", "q95": "95 %"}
+
+
+def removed_bars(colours: dict[str, str]) -> dict:
+    """What became of the selected cells of each data set, as shares or (`share` false) as numbers.
+
+    Data: ``dataset, place, rule, order, cells, selected, share``; `colours` by rule, kept among them.
+    """
+    label = "share ? format(datum.value, '.0%') : format(datum.value, '~s')"
+    chart = (
+        alt.Chart()
+        .transform_calculate(value="share ? datum.share : datum.cells")
+        .mark_bar(height=alt.RelativeBandSize(0.66))
+        .encode(
+            y=alt.Y("dataset:N", title=None, sort=alt.EncodingSortField(field="place", op="min")),
+            x=alt.X("value:Q", title=None, scale=alt.Scale(nice=False), axis=alt.Axis(tickCount=5, labelExpr=label)),
+            color=alt.Color("rule:N", legend=None, scale=alt.Scale(domain=list(colours), range=list(colours.values()))),
+            order=alt.Order("order:Q"),
+            tooltip=[
+                "dataset:N",
+                "rule:N",
+                alt.Tooltip("cells:Q", format=","),
+                alt.Tooltip("share:Q", format=".1%", title="of its selected cells"),
+            ],
+        )
+        .add_params(alt.param(name="share", value=True))
+    )
+    return _finish(chart, height=200)
+
+
+def mapping_bars(colours: dict[str, str]) -> dict:
+    """How the genes of each file found their ids: shares of its counts or (`counts` false) of its genes.
+
+    Data: ``dataset, place, how, order, genes, gene_share, count_share``; `colours` by way of mapping.
+    """
+    chart = (
+        alt.Chart()
+        .transform_calculate(value="counts ? datum.count_share : datum.gene_share")
+        .mark_bar(height=alt.RelativeBandSize(0.66))
+        .encode(
+            y=alt.Y("dataset:N", title=None, sort=alt.EncodingSortField(field="place", op="min")),
+            x=alt.X("value:Q", title=None, scale=alt.Scale(nice=False), axis=alt.Axis(tickCount=5, format=".0%")),
+            color=alt.Color("how:N", legend=None, scale=alt.Scale(domain=list(colours), range=list(colours.values()))),
+            order=alt.Order("order:Q"),
+            tooltip=[
+                "dataset:N",
+                alt.Tooltip("how:N", title="mapped by"),
+                alt.Tooltip("genes:Q", format=","),
+                alt.Tooltip("gene_share:Q", format=".2%", title="of its genes"),
+                alt.Tooltip("count_share:Q", format=".2%", title="of its counts"),
+            ],
+        )
+        .add_params(alt.param(name="counts", value=True))
+    )
+    return _finish(chart, height=200)
+
+
+@cache
+def matrix() -> dict:
+    """Data set against data set, darker where more cells are. Data: ``dataset, kept_dataset, cells``."""
+    axis = alt.Axis(labelAngle=-40, labelLimit=150, orient="top", grid=False)
+    base = alt.Chart().encode(
+        x=alt.X("kept_dataset:N", title=None, axis=axis),
+        y=alt.Y("dataset:N", title=None),
+        tooltip=[
+            alt.Tooltip("dataset:N", title="cells of"),
+            alt.Tooltip("kept_dataset:N", title="equal cells of"),
+            alt.Tooltip("cells:Q", format=","),
+        ],
+    )
+    shade = alt.Opacity("cells:Q", scale=alt.Scale(type="log", range=[0.25, 1]), legend=None)
+    squares = base.mark_rect(color="var(--bar)", stroke="var(--page)").encode(opacity=shade)
+    texts = (
+        base.mark_text(fontSize=12, color="var(--ink)")
+        .encode(text=alt.Text("cells:Q", format=","))
+        .properties(name="texts")
+    )
+    return _finish(alt.layer(squares, texts), height=200)
+
+
+@cache
+def amounts() -> dict:
+    """Cells of each value of a column of obs. Data: ``value, place, cells, share``."""
+    chart = (
+        alt.Chart()
+        .mark_bar(height=alt.RelativeBandSize(0.62), color="var(--bar)")
+        .encode(
+            y=alt.Y("value:N", title=None, sort=alt.EncodingSortField(field="place", op="min")),
+            x=alt.X("cells:Q", title=None, axis=alt.Axis(tickCount=4, labelExpr=SI)),
+            tooltip=[
+                "value:N",
+                alt.Tooltip("cells:Q", format=","),
+                alt.Tooltip("share:Q", format=".1%", title="of all cells"),
+            ],
+        )
+    )
+    return _finish(chart, height=200)
 
 
 @cache

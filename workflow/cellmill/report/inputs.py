@@ -21,7 +21,6 @@ from cellmill.report.charts import CATEGORIES, OTHER
 
 UMAP_CELLS = 5000
 CURVE_POINTS = 400
-_SHARES = np.linspace(0, 1, 51)
 
 
 def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
@@ -30,7 +29,7 @@ def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise CellmillError(
-            f"{path} cannot be read as parquet ({_one_line(error)}); delete it and run the workflow again"
+            f"{path} cannot be read as parquet ({one_line(error)}); delete it and run the workflow again"
         ) from error
     missing = [name for name in columns if name not in table.column_names]
     if missing:
@@ -40,7 +39,8 @@ def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     return table.to_pandas()
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """The text of an error, for the middle of a sentence."""
     return " ".join(str(error).split())[:200]
 
 
@@ -64,110 +64,6 @@ def _thin(log: pd.DataFrame) -> pd.DataFrame:
     stride = np.ceil(curve["step"].transform("size") / CURVE_POINTS).astype(int)
     last = curve.cumcount(ascending=False) == 0
     return log[(curve.cumcount() % stride == 0) | last][["step", "split", "seed", "metric", "value"]]
-
-
-def read_qc(path: Path) -> tuple[list[str], list[dict]]:
-    """Cells removed per rule and data set.
-
-    Returns
-    -------
-    rules, rows
-        Rules in their order of application, and for each data set ``dataset, selected, removed (by rule), kept``.
-    """
-    qc = read_table(path, ["dataset_id", "rule", "removed", "remaining"])
-    rules = [rule for rule in dict.fromkeys(qc["rule"]) if rule != "selected"]
-    rows = []
-    for dataset, part in qc.groupby("dataset_id", sort=False, observed=True):
-        removed = dict(zip(part["rule"], part["removed"].astype(int), strict=True))
-        kept = int(part["remaining"].iloc[-1])
-        rows.append({"dataset": dataset, "selected": kept + sum(removed.values()), "removed": removed, "kept": kept})
-    return rules, rows
-
-
-QUANTITIES = {
-    "raw_sum": ("raw counts per cell", True, ("min_counts", "max_counts")),
-    "nnz": ("expressed genes per cell", True, ("min_genes",)),
-    "mito_fraction": ("mitochondrial share of counts", False, ("max_mito_fraction",)),
-}
-"""Per-cell QC quantities: title, logarithmic axis, thresholds of `cellmill.config.Quality`."""
-
-
-def read_histograms(plan: Path, path: Path, quality: dict) -> dict[str, list[dict]]:
-    """Histograms by QC quantity: rows of `charts.histogram`, none where no cell has a value.
-
-    Parameters
-    ----------
-    plan
-        ``plan.json``: raw counts and genes of all selected cells, those that the rules on obs removed too.
-    path
-        ``qc_cells.parquet``, read batch by batch: the mitochondrial share of the cells that passed those rules, and
-        which of them it removed.
-    quality
-        Thresholds of the selection.
-    """
-    edges, counts = _planned(plan)
-    edges["mito_fraction"], counts["mito_fraction"] = _SHARES, np.zeros((2, len(_SHARES) - 1), int)
-    try:
-        file = pq.ParquetFile(path)
-        for batch in file.iter_batches(columns=[*QUANTITIES, "removed_by"]):
-            cells = batch.to_pandas()
-            removed = (cells["removed_by"].notna() & (cells["removed_by"] != "")).to_numpy()
-            for name in QUANTITIES:
-                value = cells[name].to_numpy(np.float64)
-                kept_E, removed_E = (_binned(value[chosen], edges[name]) for chosen in (~removed, removed))
-                # the plan counts a cell that only its mitochondrial share removes as kept
-                counts[name] += [kept_E, removed_E] if name == "mito_fraction" else [-removed_E, removed_E]
-    except (OSError, KeyError, pa.ArrowInvalid) as error:
-        raise CellmillError(
-            f"{path} cannot be read for the QC plots ({_one_line(error)}); delete it and run the workflow again"
-        ) from error
-    return {name: _histogram_rows(counts[name], edges[name], QUANTITIES[name], quality) for name in QUANTITIES}
-
-
-def _planned(plan: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Edges [E + 1] and cells int [2, E], kept and removed, of every quantity in the histograms of ``plan.json``."""
-    try:
-        content = json.loads(plan.read_text())["histograms"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CellmillError(
-            f"{plan} holds no histograms for the QC plots ({_one_line(error)}); delete it and run the workflow again"
-        ) from error
-    edges, counts = {}, {}
-    for quantities in content["datasets"].values():
-        for name, outcomes in quantities.items():
-            edges.setdefault(name, np.array(content["edges"]))
-            counts.setdefault(name, np.zeros((2, len(content["edges"]) - 1), int))
-            for outcome, cells in outcomes.items():
-                for place, n in cells.items():
-                    counts[name][int(outcome != "kept"), int(place)] += n
-    return edges, counts
-
-
-def _binned(value: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Cells in each bin; values beyond the edges are in the outer bins, missing ones in none."""
-    return np.histogram(np.clip(value[np.isfinite(value)], edges[0], edges[-1]), edges)[0]
-
-
-def _histogram_rows(counts: np.ndarray, edges: np.ndarray, quantity, quality: dict) -> list[dict]:
-    _, log, thresholds = quantity
-    used = np.flatnonzero(counts.sum(axis=0))
-    if not len(used):
-        return []
-    rows = []
-    for i in used:
-        y0 = 0
-        for part, count in zip(("kept", "removed"), counts[:, i].tolist(), strict=True):
-            if count:
-                x0, x1 = float(edges[i]), float(edges[i + 1])
-                rows.append({"x0": x0, "x1": x1, "y0": y0, "y1": y0 + count, "part": part, "count": count})
-            y0 += count
-    for rule in thresholds:
-        value = quality.get(rule)
-        if value is not None and (
-            value > 1 if log else value < 1
-        ):  # a threshold that cannot remove a cell is not drawn
-            rows.append({"threshold": value, "rule": rule})
-    return rows
 
 
 def read_projections(paths: list[Path], obs: dict[str, pa.Table], datasets: dict[str, dict]) -> dict[str, dict]:

@@ -1,25 +1,18 @@
 """The report: one self-contained HTML page, written from the files of a run."""
 
 import hashlib
-import json
-import re
-from functools import cache
 from pathlib import Path
 
-import jinja2
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import yaml
 
 from cellmill import scores as score_table
-from cellmill.files import atomic
-from cellmill.report import charts, inputs, sections, summary
+from cellmill.report import genes, inputs, sections, summary
+from cellmill.report.render import Figures, columns, write_page
 from cellmill.shards.dataset import Shards
 
-TEMPLATES = Path(__file__).resolve().parents[2] / "report"
-TASK_TITLES = {"annotation": "Cell-type annotation", "integration": "Batch integration"}
 KEY_PACKAGES = [
     "python",
     "cellmill",
@@ -85,10 +78,10 @@ def write_report(
     table = score_table.read(scores)
     results = summary.summarise(table.to_pandas())
     opened = {name: Shards(folder) for name, folder in shards.items()}
-    page = sections.Figures()
+    page = Figures()
     context = {
         "run": config["run"],
-        "organism": config["corpus"]["organism"].replace("_", " "),
+        "organism": ", ".join(config["corpus"]["organisms"]).replace("_", " "),
         "headlines": sections.headlines(results),
         "facts": sections.facts(results, opened),
         "kinds": sections.kinds(results),
@@ -98,8 +91,9 @@ def write_report(
         "curves": sections.curves(page, inputs.read_logs(logs), results),
         "umaps": sections.umaps(page, embeddings, opened, config),
         "splits": sections.splits(page, opened),
-        "quality": sections.quality(page, qc, plans, qc_cells, config),
-        "genes": sections.genes(vocabulary, genes_mapping),
+        "quality": sections.qc(page, qc, plans, qc_cells),
+        "vocabulary": genes.vocabulary_section(vocabulary) if vocabulary is not None else None,
+        "mapping": genes.mapping_section(page, genes_mapping),
         "times": sections.times(page, inputs.read_timings(timings)),
         "provenance": _provenance(opened, config, provenance),
     }
@@ -108,51 +102,7 @@ def write_report(
     page.payload["csv"] = _csv(table)
     page.payload["metrics"] = {metric: summary.metric_name(metric) for metric in results["metric"].unique()}
     page.payload["run"] = config["run"]
-    with atomic(out) as temporary:
-        temporary.write_text(_render(context, page.payload), encoding="utf-8")
-
-
-def _to_json(content) -> str:
-    """JSON that may stand inside a script element, whatever names it holds."""
-    text = json.dumps(content, allow_nan=False, separators=(",", ":"), default=_plain)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _plain(value: np.generic) -> int | float | str:
-    """A numpy scalar, of which tables are made, as JSON knows it."""
-    return value.item()
-
-
-@cache
-def _javascript() -> str:
-    """Vega, Vega-Lite and Vega-Embed, safe inside a script element."""
-    import vl_convert
-
-    bundle = vl_convert.javascript_bundle(vl_version=charts.VEGA_LITE)
-    return re.sub(r"</(script)", r"<\\/\1", bundle, flags=re.IGNORECASE)
-
-
-def _render(context: dict, payload: dict) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["count"] = lambda value: f"{value:,}"
-    environment.filters["share"] = lambda value: f"{100 * value:.1f} %"
-    environment.filters["title_of"] = lambda task: TASK_TITLES.get(task, task.replace("_", " ").capitalize())
-    environment.filters["metric"] = summary.metric_name
-    environment.filters["words"] = lambda name: name.replace("_", " ")
-    environment.filters["json"] = _to_json
-    return environment.get_template("page.html").render(
-        **context,
-        payload=_to_json(payload),
-        bundle=_javascript(),
-        style=(TEMPLATES / "page.css").read_text(),
-        script=(TEMPLATES / "page.js").read_text(),
-    )
+    write_page("page.html", ["charts.js", "page.js"], context, page.payload, out)
 
 
 def _provenance(opened: dict[str, Shards], config: dict, provenance: dict) -> dict:
@@ -196,7 +146,7 @@ def _missing(results: pd.DataFrame, context: dict) -> list[str]:
         "quality": "No quality-control counts were given.",
     }
     missing += [sentence for key, sentence in said.items() if not context[key]]
-    if not context["genes"]["vocabulary"]:
+    if not context["vocabulary"]:
         missing.append("No vocabulary was given.")
     if not context["times"]["rules"]:
         missing.append("No benchmark files were given, so run times and memory are unknown.")
@@ -237,7 +187,7 @@ def _table(results: pd.DataFrame, folder: Path, command: str) -> dict[str, list]
     records = results[names].astype(object).where(results[names].notna(), None).to_dict("records")
     for record, model in zip(records, results["model"], strict=True):
         record["target"] = _score_file(folder, record, model)
-    return sections.columns(sorted(records, key=place)) | {"command": f"{command} --force"}
+    return columns(sorted(records, key=place)) | {"command": f"{command} --force"}
 
 
 def _score_file(folder: Path, record: dict, model: str) -> str:

@@ -7,39 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from cellmill.census.genes import HOW, mapped_shares
-from cellmill.report import charts, inputs, summary
+from cellmill.report import charts, inputs, quality, summary
+from cellmill.report.render import Figures
 from cellmill.shards.dataset import Shards
-from cellmill.vocabulary import Vocabulary
-
-
-class Figures:
-    """What the page's script draws: specs, shared data, figures."""
-
-    def __init__(self):
-        self.payload = {"specs": {}, "data": {}}
-
-    def figure(self, spec: str, template: dict, source: str, rows, *, height: int | None = None, **signals) -> dict:
-        """Register a figure and return what the template needs of it.
-
-        `rows` is a list of records, or None where `source` is there already; `height` (px) overrides the spec's.
-        """
-        self.payload["specs"].setdefault(spec, template)
-        if rows is not None:
-            self.payload["data"][source] = columns(rows)
-        return {
-            "spec": spec,
-            "source": source,
-            "signals": signals,
-            "id": f"{spec}-{source}",
-            "height": height or template["height"],
-        }
-
-
-def columns(rows: list[dict]) -> dict[str, list]:
-    """Records as columns, which are shorter as JSON."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def headlines(results: pd.DataFrame) -> list[summary.Headline]:
@@ -274,55 +244,20 @@ def splits(page: Figures, opened: dict[str, Shards]) -> dict:
     return {"rows": rows, "figure": page.figure("splits", charts.split_bars(), "splits", rows, height=height)}
 
 
-def quality(page: Figures, qc: list[Path], plans: list[Path], qc_cells: list[Path], config: dict) -> list[dict]:
+def qc(page: Figures, qc: list[Path], plans: list[Path], qc_cells: list[Path]) -> list[dict]:
     """Per selection: cells removed by every rule, and the distributions behind them."""
     planned = {path.parent.name: path for path in plans}
     cells = {path.parent.name: path for path in qc_cells}
     selections = []
     for path in qc:
         name = path.parent.name
-        quality = (config["corpus"] if name == "corpus" else config["datasets"][name])["quality"]
-        rules, rows = inputs.read_qc(path)
-        plots = []
+        seen = None
         if name in cells and name in planned:
-            for quantity, histogram in inputs.read_histograms(planned[name], cells[name], quality).items():
-                title, log, _ = inputs.QUANTITIES[quantity]
-                if not histogram:
-                    plots.append({"title": title, "figure": None})
-                    continue
-                thresholds = any("threshold" in row for row in histogram)
-                spec = f"histogram{'-log' * log}{'-thresholds' * thresholds}"
-                figure = page.figure(spec, charts.histogram(log, thresholds), f"qc.{name}.{quantity}", histogram)
-                plots.append({"title": title, "figure": figure})
-        selections.append({"name": name, "rules": rules, "rows": rows, "plots": plots})
+            plan = quality.read_plan(planned[name])
+            seen = quality.distributions(page, name, plan, quality.bin_cells(plan, cells[name]))
+        dropped = quality.removed_section(page, name, quality.read_removed(path))
+        selections.append({"name": name, "dropped": dropped, "distributions": seen})
     return selections
-
-
-def genes(vocabulary: Path | None, genes_mapping: Path | None) -> dict:
-    """The vocabulary, and how the genes of a private Census were mapped."""
-    genes = {"vocabulary": None, "mapping": [], "ways": HOW}
-    if vocabulary is not None:
-        words = Vocabulary.read(vocabulary)
-        biotypes = pd.Series(words.table["feature_type"].to_pylist()).value_counts()
-        genes["vocabulary"] = {
-            "n": len(words),
-            "hash": words.hash,
-            "biotypes": list(biotypes.items()),
-            "mitochondrial": int(sum(words.table["is_mitochondrial"].to_pylist())),
-        }
-    if genes_mapping is not None:
-        shares = mapped_shares(inputs.read_table(genes_mapping, ["dataset_id", "how", "gene", "counts"]))
-        for dataset, part in shares.groupby("dataset_id", sort=False, observed=True):
-            by_way = part.set_index("how")
-            genes["mapping"].append(
-                {
-                    "dataset": dataset,
-                    "total": int(part["genes"].sum()),
-                    "genes": {way: int(by_way.loc[way, "genes"]) for way in HOW},
-                    "lost": float(by_way.loc[["ambiguous", "none"], "count_share"].sum()),
-                }
-            )
-    return genes
 
 
 def times(page: Figures, jobs: list[dict]) -> dict:
