@@ -60,7 +60,7 @@ def write_shards(folder: Path, splits: dict, *, n_genes: int, cells_per_shard: i
 
 
 def write_blocks(folder: Path, cells: CellBatch, obs: pa.Table, order: Order, n: int, at_a_time: int) -> list[Path]:
-    """`n` blocks of neighbouring cells; every seventh cell is of the split validation, if there is one."""
+    """`n` blocks of neighbouring cells; every seventh joinid is of the split validation, if there is one."""
     paths = []
     for block, rows in enumerate(np.array_split(np.arange(len(cells)), n)):
         paths.append(folder / f"{block}.blk")
@@ -68,15 +68,15 @@ def write_blocks(folder: Path, cells: CellBatch, obs: pa.Table, order: Order, n:
             for start in range(0, len(rows), at_a_time):
                 some = rows[start : start + at_a_time]
                 for split in order.edges:
-                    mine = some[[split_of(row, order) == split for row in some]] if len(some) else some
+                    mine = some[[split_of(joinid, order) == split for joinid in cells.joinids[some]]]
                     writer.write(cells.take(mine), obs.take(mine), split)
     return paths
 
 
-def split_of(row: int, order: Order) -> str:
-    """The split of the cell in this row of all that `write_blocks` was given."""
-    validation = "validation" if row % 7 == 0 else "train"
-    return validation if validation in order.edges else next(iter(order.edges))
+def split_of(joinid: int, order: Order) -> str:
+    """The split that `write_blocks` puts a cell in."""
+    split = "train" if joinid % 7 else "validation"
+    return split if split in order.edges else next(iter(order.edges))
 
 
 def same_cells(a: CellBatch, b: CellBatch) -> bool:

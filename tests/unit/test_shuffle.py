@@ -80,7 +80,7 @@ def test_each_cell_once_in_the_order_of_its_key(all_cells, expected, tmp_path):
         assert same_cells(got, cells.take(rows))
         names = [name for name in obs.column_names if name != "n_measured_genes"]
         assert got_obs.select([*names, "n_measured_genes"]).to_pylist() == obs.take(rows).to_pylist()
-        assert {split_of(row, ORDER) for row in rows} == {split}
+        assert {split_of(joinid, ORDER) for joinid in got.joinids} == {split}
         keys = ORDER.keys(got.joinids)
         assert (np.diff(keys.astype(object)) > 0).all()
         assert (ORDER.shard_of(split, keys) == index).all()
@@ -99,7 +99,7 @@ def test_bytes_depend_on_the_cells_alone(all_cells, expected, tmp_path, monkeypa
 def test_bytes_are_those_of_a_shard_written_from_cells(all_cells, expected, tmp_path):
     """The shuffle decodes nothing, and yet writes what `ShardWriter` makes of the same cells."""
     cells, obs = all_cells
-    rows = np.array([row for row in range(len(cells)) if split_of(row, ORDER) == "train"])
+    rows = np.flatnonzero([split_of(joinid, ORDER) == "train" for joinid in cells.joinids])
     keys = ORDER.keys(cells.joinids[rows])
     rows = rows[np.argsort(keys)][ORDER.shard_of("train", np.sort(keys)) == 2]
     with ShardWriter(tmp_path / "x.parquet") as one:
@@ -128,7 +128,7 @@ def test_a_benchmark_in_the_order_of_joinids(all_cells, tmp_path):
 
 def test_removed_cells_are_left_out_and_shards_keep_their_numbers(all_cells, blocks, expected, tmp_path):
     joinids = all_cells[0].joinids
-    train = np.array([split_of(row, ORDER) == "train" for row in range(len(joinids))])
+    train = np.array([split_of(joinid, ORDER) == "train" for joinid in joinids])
     third = joinids[train & (ORDER.shard_of("train", ORDER.keys(joinids)) == 2)]
     pq.write_table(pa.table({"soma_joinid": third}), tmp_path / "leaks.parquet")
     pq.write_table(pa.table({"soma_joinid": joinids[[0, 3, 3]], "kept": [1, 2, 2]}), tmp_path / "duplicates.parquet")

@@ -127,8 +127,11 @@ def _check_files(folder: Path, manifest: dict) -> None:
             path = folder / shard["file"]
             if not path.is_file():
                 raise CellmillError(
-                    f"shard {path} does not exist but the manifest names it; delete {folder} and run again"
+                    f"shard {path} does not exist but the manifest names it: it was lost, or the manifest is that of "
+                    f"another corpus; delete {folder} and run again"
                 )
             size = path.stat().st_size
             if size != shard["bytes"]:
-                raise corrupt(path, f"it has {size} bytes, the manifest says {shard['bytes']}")
+                raise corrupt(
+                    path, f"it has {size} bytes, the manifest says {shard['bytes']} (unless that is another corpus's)"
+                )
