@@ -367,8 +367,9 @@ def check_paths(run: Run) -> None:
     census = run.config.census
     holds = {"local": "a Census", "h5ad": ".h5ad files"}.get(census.source)
     if holds and not Path(census.path).is_dir():
+        unset = "; a variable of it is not set" if "$" in census.path else ""
         raise CellmillError(
-            f"the config: census.path is '{census.path}', which is no folder (seen from {Path.cwd()}); "
+            f"the config: census.path is '{census.path}', which is no folder (seen from {Path.cwd()}){unset}; "
             f"name the folder of {holds}"
         )
     files = {f"census.gene_tables.{organism}": path for organism, path in census.gene_tables.items()}
