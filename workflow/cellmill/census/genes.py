@@ -163,13 +163,14 @@ def map_genes(var: pd.DataFrame, table: GeneTable, where: str) -> pd.DataFrame:
     shouted = [column for column in named if column.str.upper().equals(column)]
     for kind, known in (("symbol", table.symbols), ("alias", table.aliases)):
         tries = [(column, known) for column in named]
-        if shouted:
+        if shouted and (how == "none").any():
             capitals = in_capitals(known)
             tries += [(column, capitals) for column in shouted]
         for column, names in tries:
-            fits = feature_id.isna() & (how == "none") & np.array([name in names for name in column])
-            feature_id[fits] = column[fits].map(names.get)
-            how[fits] = feature_id[fits].notna().map({True: kind, False: "ambiguous"})
+            left = column[how == "none"]
+            found = left[np.array([name in names for name in left], dtype=bool)].map(names.get)
+            feature_id[found.index] = found
+            how[found.index] = found.notna().map({True: kind, False: "ambiguous"})
 
     if feature_id.isna().all():
         raise CellmillError(
