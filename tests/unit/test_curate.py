@@ -370,6 +370,15 @@ def test_a_benchmark_keeps_the_order_of_joinids(demo_census, milled, tmp_path):
     assert (obs["organism"] == "homo_sapiens").all()
 
 
+def test_no_cell_left_by_the_mitochondrial_rule(demo_census, tmp_path):
+    selection = corpus(
+        include={"dataset_id": ["celltypist_blood", "li_cell_lines"]}, quality=Quality(max_mito_fraction=0.0)
+    )
+    with pytest.raises(CellmillError, match=r"no cell of split '\w+' is left .*max_mito_fraction removed [\d,]+"):
+        corpus_runs.mill_corpus(demo_census.soma, tmp_path, selection)
+    assert not (tmp_path / "shards").exists()
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

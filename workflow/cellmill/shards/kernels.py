@@ -87,11 +87,8 @@ def gather(joinid_N, var_N, count_N, joinid_B, gene_of, kind_of, state_BS, pairs
             total += count
             nnz += 1
             kind = kind_of[var]
-            if kind != PLAIN:
-                if kind == MITOCHONDRIAL:
-                    mito += count
-                else:
-                    ribo += count
+            mito += count * (kind == MITOCHONDRIAL)  # no branch: which gene comes next cannot be foretold
+            ribo += count * (kind == RIBOSOMAL)
             gene = np.int64(gene_of[var])
             if gene >= 0 and at < end:
                 ascend &= gene > last
