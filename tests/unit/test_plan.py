@@ -1,6 +1,8 @@
 """The plan of a selection of the demo Census, against plain pandas over its obs."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,14 +10,15 @@ import cellxgene_census
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiledbsoma as soma
 from cellmill import qc
 from cellmill.census import blocks as cutting
 from cellmill.census.holdout import HoldOut
 from cellmill.census.plan import plan_cells, show_plans
-from cellmill.census.read import value_filter
-from cellmill.census.scan import TILE, find_limits, limit_summary, scan_obs, settle
+from cellmill.census.read import TILE, value_filter
+from cellmill.census.scan import find_limits, limit_summary, scan_obs, settle
 from cellmill.config import AssayQuality, Census, Corpus, Dataset, HeldOut, Quality, Splits
 from cellmill.errors import CellmillError
 from cellmill.shards.order import Order
@@ -69,7 +72,8 @@ def census(demo_census, tmp_path) -> Path:
 def add_mice(census: Path, obs: pd.DataFrame) -> None:
     """Add the pancreas once more as an organism of its own: data set, donor and tissue by other names."""
     mice = obs[obs["dataset_id"] == "baron_pancreas"].astype({"dataset_id": str, "donor_id": str, "tissue": str})
-    mice = mice.assign(dataset_id="mice", donor_id="mouse1", tissue="islet", soma_joinid=range(len(mice)))
+    donors = [f"mouse{number % 2 + 1}" for number in range(len(mice))]
+    mice = mice.assign(dataset_id="mice", donor_id=donors, tissue="islet", soma_joinid=range(len(mice)))
     table = pa.Table.from_pandas(mice, preserve_index=False)
     text = [pa.field(f.name, pa.string() if pa.types.is_dictionary(f.type) else f.type) for f in table.schema]
     table = table.cast(pa.schema(text))
@@ -335,6 +339,16 @@ def test_planning_reads_no_counts(census, tmp_path):
     assert plan(census, tmp_path)["cells"] > 0
 
 
+def test_a_full_disk_ends_in_one_sentence(demo_census, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    with pytest.raises(CellmillError, match="could not be written .No space left on device.; free space"):
+        plan(demo_census.soma, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_same_plan_same_bytes(demo_census, tmp_path):
     for name in ("a", "b"):
         plan(demo_census.soma, tmp_path / name, corpus(), blocks=3)
@@ -427,27 +441,47 @@ def test_unknown_names_that_are_held_out(demo_census, tmp_path, held_out, said):
 # --- organisms --------------------------------------------------------------------------------------------------------
 
 
+MICE = {"name": "corpus-mus_musculus", "benchmarks": {}, "organism": "mus_musculus"}
+
+
 def test_one_config_for_two_organisms(census, obs, tmp_path):
     add_mice(census, obs)
     selection = corpus(
         organisms=["homo_sapiens", "mus_musculus"],
         include={"tissue": ["NCI-H1437", "K-562", "islet"]},
-        splits=Splits(validation=["H1437", "mouse1"]),
+        splits=Splits(validation=["H1437", "mouse2"]),
     )
     human = plan(census, tmp_path / "human", selection)
     planned = obs.set_index("soma_joinid").loc[read(tmp_path / "human")["soma_joinid"]]
     assert set(planned["tissue"]) == {"NCI-H1437", "K-562"}
     assert human["validation"]["validation"] == ["H1437"]
-    with pytest.raises(CellmillError, match="no cell is left to train on: all 1 donors"):
-        plan(census, tmp_path / "mice", selection, "corpus-mus_musculus", benchmarks={}, organism="mus_musculus")
+    mice = plan(census, tmp_path / "mice", selection, **MICE)
+    assert (mice["selection"], mice["organism"]) == ("corpus-mus_musculus", "mus_musculus")
+    assert mice["validation"]["validation"] == ["mouse2"]
+    is_odd = read(tmp_path / "mice")["soma_joinid"] % 2 == 1
+    assert ((read(tmp_path / "mice")["split"] == "validation") == is_odd).all()
 
-    terms = {"tissue": ["K-562"]}
-    only_human = selection.model_copy(update={"include": terms})
-    with pytest.raises(CellmillError, match=r"corpus-mus_musculus: no cell of mus_musculus passes the filter"):
-        plan(census, tmp_path / "mice", only_human, "corpus-mus_musculus", benchmarks={}, organism="mus_musculus")
-    wrong = selection.model_copy(update={"include": {"tissue": ["isle"]}})
-    with pytest.raises(CellmillError, match=r"no cell of the Census has tissue 'isle'; did you mean 'islet'"):
-        plan(census, tmp_path / "human", wrong)
+
+def test_an_organism_without_names_goes_by_the_fraction(census, obs, tmp_path):
+    add_mice(census, obs)
+    selection = corpus(organisms=["homo_sapiens", "mus_musculus"], splits=Splits(validation=["H1437", "K562"]))
+    mice = plan(census, tmp_path, selection, **MICE)
+    assert mice["validation"]["validation"] == []
+    assert {split: row["donors"] for split, row in mice["splits"].items()} == {"train": 1, "validation": 1}
+    wrong = selection.model_copy(update={"splits": Splits(validation=["H1437", "K526"])})
+    for organism in (MICE, {}):
+        with pytest.raises(CellmillError, match="the donor 'K526', which no selected cell has"):
+            plan(census, tmp_path, wrong, **organism)
+
+
+def test_terms_of_no_organism_and_of_the_other_one(census, obs, tmp_path):
+    add_mice(census, obs)
+    human = corpus(organisms=["homo_sapiens", "mus_musculus"], include={"tissue": ["K-562"]})
+    with pytest.raises(CellmillError, match="corpus-mus_musculus: no cell of mus_musculus passes the filter"):
+        plan(census, tmp_path, human, **MICE)
+    wrong = human.model_copy(update={"include": {"tissue": ["isle"]}})
+    with pytest.raises(CellmillError, match=r"corpus.include: no cell of the Census has tissue 'isle'.*'islet'"):
+        plan(census, tmp_path, wrong)
 
 
 def test_an_organism_that_the_census_lacks(demo_census, tmp_path):

@@ -99,7 +99,7 @@ def plan_cells(
         passes quality control, or a split would be empty.
     """
     key = "corpus" if isinstance(selection, Corpus) else f"datasets.{name}"
-    with _scratch(Path(plan).with_name("passed.tmp.parquet")) as passed:
+    with _scratch(Path(plan).with_name("passed.parquet.tmp")) as passed:
         with open_census(census, path, buffer_mb=OBS_BUFFER_MB) as collection:
             obs = organism_obs(collection, organism)
             _check_columns(obs, selection, key)

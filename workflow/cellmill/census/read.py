@@ -15,6 +15,9 @@ from cellmill.errors import CellmillError
 SEPARATOR = " || "
 """Joins the values of a cell that has several (disease, self_reported_ethnicity), since Census schema 2.4."""
 
+TILE = 2048
+"""Rows of a tile of X in the Census: reads that end at tile edges decompress no tile twice."""
+
 
 @contextmanager
 def open_census(census: Census, path: Path | None, buffer_mb: int | None = None) -> Iterator[soma.Collection]:

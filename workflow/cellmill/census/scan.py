@@ -20,14 +20,13 @@ import pyarrow.parquet as pq
 
 from cellmill import qc
 from cellmill.census.holdout import HoldOut
+from cellmill.census.read import TILE
 from cellmill.config import Quality
 from cellmill.progress import Progress
 
 QUANTITIES = ("raw_sum", "nnz")
 EDGES = np.round(10 ** (np.arange(7 * 12 + 1) / 12), 6)
 """Edges of the histograms of `QUANTITIES`, twelve bins a decade; the outer bins also hold what lies beyond them."""
-TILE = 2048
-"""Rows of a tile of X in the Census."""
 PASSED_SCHEMA = pa.schema(
     [
         ("soma_joinid", pa.int64()),
