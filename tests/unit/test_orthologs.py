@@ -78,7 +78,7 @@ def test_the_real_table_of_symbols_without_a_header(data, human_and_mouse, tmp_p
     assert found["gene_a"].is_monotonic_increasing
 
 
-def test_columns_are_found_by_their_genes_or_by_the_header(vocabularies, tmp_path):
+def test_columns_are_found_by_their_genes_or_by_the_header(vocabularies, human_and_mouse, tmp_path):
     out = tmp_path / "orthologs.parquet"
     # ids with versions, tabs, the mouse first, a third organism in the run
     ids = write(
@@ -94,9 +94,11 @@ def test_columns_are_found_by_their_genes_or_by_the_header(vocabularies, tmp_pat
     counts = build_orthologs(named, vocabularies, out)
     assert (counts["organism_a"], counts["organism_b"]) == ("macaca_mulatta", "homo_sapiens")
     assert (counts["pairs"], counts["mapped"]) == (3, 2)
+    with pytest.raises(CellmillError, match="write a first line that names both organisms, or use Ensembl ids"):
+        build_orthologs(write(tmp_path / "unnamed.csv", *rows), vocabularies, out)
     # a header that names none is not a pair
     plain = write(tmp_path / "plain.csv", "hgnc_symbol,mgi_symbol", "TP53,Trp53")
-    assert build_orthologs(plain, vocabularies, out)["pairs"] == 1
+    assert build_orthologs(plain, human_and_mouse, out)["pairs"] == 1
 
 
 def test_one_to_one_is_that_of_the_whole_table(human_and_mouse, tmp_path):

@@ -86,7 +86,8 @@ def choose_organisms(
 ) -> tuple[str, str]:
     """Which organism's genes stand in the first column and which in the second.
 
-    Both are the header's, if it names two; otherwise those by which most pairs have both their genes.
+    Both are the header's, if it names two; otherwise those by which most pairs have both their genes, if no other
+    reading has nearly as many.
     """
     said = [named_organism(cell) for cell in header]
     if len(set(said) - {None}) == 2:
@@ -102,12 +103,17 @@ def choose_organisms(
         for name, vocabulary in vocabularies.items()
     }
     mapped = {(a, b): (found[0, a] & found[1, b]).sum() for a, b in itertools.permutations(vocabularies, 2)}
-    best = max(mapped, key=mapped.get)
+    best, other = sorted(mapped, key=mapped.get, reverse=True)[:2]
     if mapped[best] == 0:
         example = ", ".join(pairs.iloc[0]) if len(pairs) else "no pair"
         raise CellmillError(
             f"no pair of the table of orthologs {table} ({example}, ...) is of genes of two of the run's organisms "
             f"({', '.join(vocabularies)}); it must hold their Ensembl ids or symbols"
+        )
+    if mapped[other] > mapped[best] / 2:
+        raise CellmillError(
+            f"the columns of the table of orthologs {table} may be {' and '.join(best)}, or {' and '.join(other)}: "
+            "their symbols are alike; write a first line that names both organisms, or use Ensembl ids"
         )
     return best
 
