@@ -14,9 +14,13 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """In place."""
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def hash64(*keys) -> np.ndarray:
@@ -31,11 +35,26 @@ def hash64(*keys) -> np.ndarray:
     for key in keys:
         if isinstance(key, str):
             key = zlib.crc32(key.encode())
-        key = np.atleast_1d(np.asarray(key))
-        state = _mix((state + _GOLDEN) ^ _mix(key.astype(np.int64).view(np.uint64) + _GOLDEN))
+        state = next_key(state, np.atleast_1d(np.asarray(key)))
     return state
+
+
+def next_key(state: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """The hash of (keys..., `key`) from `state`, the hash of the keys before it; integers that broadcast together."""
+    return _mix((state + _GOLDEN) ^ _mix(key.astype(np.int64).view(np.uint64) + _GOLDEN))
 
 
 def uniform(*keys) -> np.ndarray:
     """Uniform floats in [0, 1) with 53 random bits, one for each broadcast tuple of `keys` (see `hash64`)."""
-    return (hash64(*keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return unit(hash64(*keys))
+
+
+def unit(hashes: np.ndarray) -> np.ndarray:
+    """Hashes as floats in [0, 1), from their upper 53 bits."""
+    return (hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def below(hashes: np.ndarray, share: float) -> np.ndarray:
+    """Where ``unit(hashes) < share``, for a share of at most 1: with that probability, from integers alone."""
+    limit = int(np.ceil(share * 2.0**53))
+    return np.ones(hashes.shape, bool) if limit >> 53 else hashes < np.uint64(limit << 11)

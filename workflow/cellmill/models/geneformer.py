@@ -21,15 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cellmill import views
 from cellmill.errors import CellmillError
 from cellmill.models.attention import MultiHeadAttention, key_mask
 from cellmill.models.base import CellModel, GeneStatistics, Inputs, Losses, LossTerm
-from cellmill.randomness import hash64, uniform
 from cellmill.shards.batch import CellBatch
+from cellmill.views import geneformer as views
+from cellmill.views.ragged import Genes, pad, padded_index
 
 PAD, MASK, CLS, EOS = 0, 1, 2, 3
-MASK_SHARE, RANDOM_SHARE = 0.8, 0.1
 NORM_EPS = 1e-12
 INIT_STD = 0.02
 
@@ -128,57 +127,42 @@ class Geneformer(CellModel):
                 )
         return self._median_V
 
-    def rank_genes(self, cells: CellBatch) -> CellBatch:
-        """The genes of each cell by falling count / median, ties by gene id, cut to the longest cell.
+    @property
+    def _room(self) -> int:
+        """Genes that fit into the longest cell."""
+        return self.sizes.max_length - (0 if self.sizes.version == "V1" else 2)
 
-        The cell's total is a common factor of its values, so it never changes their order and is left out.
-        """
-        median_V = self._medians_on_cpu()
-        cells = views.select(cells, ~np.isnan(median_V)[cells.genes])
-        order_N = views.argsort_within(cells.offsets, views.descending(cells.counts / median_V[cells.genes]))
-        room = self.sizes.max_length - (0 if self.sizes.version == "V1" else 2)
-        kept_N, offsets = views.keep_first(cells.offsets, room)
-        order_N = order_N[kept_N]
-        return CellBatch(cells.joinids, offsets, cells.genes[order_N], cells.counts[order_N], cells.totals)
-
-    def _matrix(self, offsets: np.ndarray, tokens_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _matrix(self, ranks: Genes) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [B, L] with the version's specials, and the flat place of each gene token in it."""
+        tokens_N = ranks.genes + self.n_specials
         if self.sizes.version == "V1":
-            tokens_BL = views.pad(offsets, tokens_N, PAD)
-            return tokens_BL, views.padded_index(offsets, tokens_BL.shape[1])
-        tokens_BL = views.pad(offsets, tokens_N, PAD, before=1, after=1)
+            tokens_BL = pad(ranks.offsets, tokens_N, PAD, dtype=np.int64)
+            return tokens_BL, padded_index(ranks.offsets, tokens_BL.shape[1])
+        tokens_BL = pad(ranks.offsets, tokens_N, PAD, before=1, after=1, dtype=np.int64)
         tokens_BL[:, 0] = CLS
-        tokens_BL[np.arange(len(tokens_BL)), np.diff(offsets) + 1] = EOS
-        return tokens_BL, views.padded_index(offsets, tokens_BL.shape[1], before=1)
+        tokens_BL[np.arange(len(tokens_BL)), np.diff(ranks.offsets) + 1] = EOS
+        return tokens_BL, padded_index(ranks.offsets, tokens_BL.shape[1], before=1)
 
     def pretrain_inputs(self, cells: CellBatch, *, seed: int, step: int | None) -> Inputs:
         """Masked ranks: `tokens` [B, L]; `positions` [M] in the flattened tokens; `targets` [M], the true tokens there.
 
-        Each gene is a target with probability `mask_rate`; of the targets 80 % show <mask>, 10 % a random gene, 10 %
-        themselves. (The original also draws specials as random tokens.)
+        See `cellmill.views.geneformer.pretrain`. (The original also draws specials as random tokens.)
         """
-        ranked = self.rank_genes(cells)
-        keys = (seed, -1 if step is None else step, ranked.joinids[ranked.cell_of], ranked.genes)
-        chosen_N = uniform("geneformer target", *keys) < self.sizes.mask_rate
-        keys_M = tuple(key[chosen_N] if isinstance(key, np.ndarray) else key for key in keys)
-        how_M = uniform("geneformer show", *keys_M)
-        known_K = np.flatnonzero(~np.isnan(self._medians_on_cpu()))  # a gene that is never a token would betray itself
-        random_M = known_K[hash64("geneformer gene", *keys_M) % np.uint64(len(known_K))] + self.n_specials
-        targets_M = ranked.genes[chosen_N] + self.n_specials
-        shown_M = np.where(how_M < MASK_SHARE, MASK, np.where(how_M < MASK_SHARE + RANDOM_SHARE, random_M, targets_M))
-        tokens_N = ranked.genes + self.n_specials
-        tokens_N[chosen_N] = shown_M
-        tokens_BL, place_N = self._matrix(ranked.offsets, tokens_N)
+        ranks, index_M, shown_M = views.pretrain(
+            cells, self._medians_on_cpu(), limit=self._room, mask_rate=self.sizes.mask_rate, seed=seed, step=step
+        )
+        tokens_BL, place_N = self._matrix(ranks)
+        tokens_BL.ravel()[place_N[index_M]] = np.where(shown_M == views.MASKED, MASK, shown_M + self.n_specials)
         return {
             "tokens": torch.from_numpy(tokens_BL),
-            "positions": torch.from_numpy(place_N[chosen_N]),
-            "targets": torch.from_numpy(targets_M),
+            "positions": torch.from_numpy(place_N[index_M]),
+            "targets": torch.from_numpy(ranks.genes[index_M].astype(np.int64) + self.n_specials),
         }
 
     def embed_inputs(self, cells: CellBatch) -> Inputs:
         """`tokens` [B, L]."""
-        ranked = self.rank_genes(cells)
-        return {"tokens": torch.from_numpy(self._matrix(ranked.offsets, ranked.genes + self.n_specials)[0])}
+        ranks = views.embed(cells, self._medians_on_cpu(), limit=self._room)
+        return {"tokens": torch.from_numpy(self._matrix(ranks)[0])}
 
     def encode(self, tokens_BL: Tensor, n_layers: int) -> Tensor:
         """[B, L, D], the states after the first `n_layers` layers."""
@@ -220,7 +204,8 @@ class Geneformer(CellModel):
         """[V], log frequency of each gene among the corpus's tokens, add-one smoothed."""
         counts_V = np.ones(self.n_genes)
         for cells in batches:
-            counts_V += np.bincount(self.rank_genes(cells).genes, minlength=self.n_genes)
+            ranks = views.embed(cells, self._medians_on_cpu(), limit=self._room)
+            counts_V += np.bincount(ranks.genes, minlength=self.n_genes)
         return torch.from_numpy(np.log(counts_V / counts_V.sum())).float()
 
     def trivial_losses(self, inputs: Inputs, trivial: Tensor) -> Losses:

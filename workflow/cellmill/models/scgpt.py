@@ -22,20 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cellmill import views
 from cellmill.errors import CellmillError
 from cellmill.models.attention import MultiHeadAttention, key_mask
 from cellmill.models.base import CellModel, GeneStatistics, Inputs, Losses, LossTerm
-from cellmill.randomness import uniform
 from cellmill.shards.batch import CellBatch
+from cellmill.views import scgpt as views
+from cellmill.views.ragged import Genes, hash_genes, pad, padded_index, place_within, spread
 
 N_SPECIALS = 3
 PAD_VALUE = -2.0
 MAX_VALUE = 512.0
 EMBEDDING_RANGE = 0.1
-HIDDEN_SHARES = (0.25, 0.5, 0.75)
-VALIDATION_SHARE = 0.5
-EMBED_SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,58 +148,42 @@ class Scgpt(CellModel):
         )
 
     def bin_counts(self, cells: CellBatch, *keys) -> np.ndarray:
-        """Quantile bin of each count among its cell's nonzero counts, int64 [N] in 1..n_bins - 1.
-
-        A count that several edges equal is drawn uniformly between the lowest and the highest of their bins.
+        """Quantile bin of each count among its cell's nonzero counts, int32 [N] in 1..n_bins - 1.
 
         Parameters
         ----------
         *keys
-            Seed and step of the draw.
+            Seed and step of the draw among the bins of a count that several edges equal.
         """
-        n_edges = self.sizes.n_bins - 1
-        edges_BQ = views.scaled_quantiles(cells.offsets, cells.counts, n_edges)
-        below_N, upto_N = views.digitise(cells.offsets, cells.counts * (n_edges - 1), edges_BQ)
-        draw_N = uniform("scgpt bin", *keys, cells.joinids[cells.cell_of], cells.genes)
-        return upto_N - np.floor(draw_N * (upto_N - below_N)).astype(np.int64)
+        return views.bin_counts(cells, self.sizes.n_bins - 1, hash_genes(cells, "scgpt genes", *keys))
 
-    def _sample(self, cells: CellBatch, *keys) -> tuple[np.ndarray, np.ndarray]:
-        """At most `max_length` - 1 genes of each cell in random order: indices into the ragged array, and offsets."""
-        order_N = views.random_order(cells, "scgpt genes", *keys)
-        kept_N, offsets = views.keep_first(cells.offsets, self.sizes.max_length - 1)
-        return order_N[kept_N], offsets
-
-    def _matrix(self, offsets: np.ndarray, genes_N: np.ndarray, values_N: np.ndarray) -> Inputs:
+    def _matrix(self, genes: Genes, values_N: np.ndarray) -> Inputs:
         """`tokens` and `values` [B, L], with <cls> in front."""
-        tokens_BL = views.pad(offsets, genes_N, self.pad, before=1)
+        tokens_BL = pad(genes.offsets, genes.genes, self.pad, before=1, dtype=np.int64)
         tokens_BL[:, 0] = self.cls
-        values_BL = views.pad(offsets, values_N.astype(np.float32), np.float32(PAD_VALUE), before=1)
+        values_BL = pad(genes.offsets, values_N, PAD_VALUE, before=1, dtype=np.float32)
         return {"tokens": torch.from_numpy(tokens_BL), "values": torch.from_numpy(values_BL)}
 
     def pretrain_inputs(self, cells: CellBatch, *, seed: int, step: int | None) -> Inputs:
         """`tokens`, `values` [B, L]; `positions` [M] of hidden genes in flat tokens; `targets` [M], their bins.
 
-        A share of 1/4, 1/2 or 3/4 of each cell's (sampled) genes is hidden, one share for the whole step; 1/2 in
-        validation. Hidden genes carry the padding value, which the network does not read.
+        See `cellmill.views.scgpt.pretrain`. Hidden genes carry the padding value, which the network does not read.
         """
-        keys = (seed, -1 if step is None else step)
-        share = VALIDATION_SHARE if step is None else HIDDEN_SHARES[int(uniform("scgpt share", *keys)[0] * 3)]
-        index_N, offsets = self._sample(cells, *keys)
-        bins_N = self.bin_counts(cells, *keys)[index_N]
-        lengths_B = np.diff(offsets)
-        perceived_B = lengths_B - np.floor(lengths_B * share).astype(np.int64)
-        hidden_N = views.place_within(offsets) >= np.repeat(perceived_B, lengths_B)
-        inputs = self._matrix(offsets, cells.genes[index_N], np.where(hidden_N, PAD_VALUE, bins_N))
-        place_N = views.padded_index(offsets, inputs["tokens"].shape[1], before=1)
-        inputs["positions"] = torch.from_numpy(place_N[hidden_N])
-        inputs["targets"] = torch.from_numpy(bins_N[hidden_N].astype(np.float32))
+        genes, bins_N, perceived_B = views.pretrain(
+            cells, n_edges=self.sizes.n_bins - 1, limit=self.sizes.max_length - 1, seed=seed, step=step
+        )
+        hidden_M = np.flatnonzero(place_within(genes.offsets) >= spread(perceived_B, genes.offsets))
+        inputs = self._matrix(genes, bins_N)
+        positions_M = padded_index(genes.offsets, inputs["tokens"].shape[1], before=1)[hidden_M]
+        inputs["positions"] = torch.from_numpy(positions_M)
+        inputs["targets"] = torch.from_numpy(bins_N[hidden_M].astype(np.float32))
+        inputs["values"].view(-1)[inputs["positions"]] = PAD_VALUE
         return inputs
 
     def embed_inputs(self, cells: CellBatch) -> Inputs:
         """`tokens`, `values` [B, L]; subset and ties are drawn by a fixed seed, so they depend on the cell alone."""
-        keys = ("embed", EMBED_SEED)
-        index_N, offsets = self._sample(cells, *keys)
-        return self._matrix(offsets, cells.genes[index_N], self.bin_counts(cells, *keys)[index_N])
+        genes, bins_N, _ = views.embed(cells, n_edges=self.sizes.n_bins - 1, limit=self.sizes.max_length - 1)
+        return self._matrix(genes, bins_N)
 
     def encode(self, x_BLD: Tensor, tokens_BL: Tensor, generated_BL: Tensor) -> Tensor:
         """[B, L, D], the last layer's states: each token attends to the perceived tokens and to itself."""
