@@ -46,8 +46,6 @@ FROM_CELLS = ("soma_joinid", "total_counts", "n_genes")
 PACKED = ("genes", "genes_overflow", "counts", "counts_overflow")
 OVERFLOWN = 255
 """The byte that says: the number is 255 or more and stands in the overflow."""
-_IN_CACHE = 2**16
-"""Values that are narrowed at a time, so that what is wide between stays in the processor's cache."""
 
 
 def shard_schema(extra: list[str]) -> pa.Schema:
@@ -106,10 +104,7 @@ def encode_cells(cells: CellBatch) -> dict[str, pa.Array]:
 
 def _bytes_of(name: str, values_N: np.ndarray, wide: str, offsets_B1: np.ndarray) -> dict[str, pa.Array]:
     """One byte for each value, and those that it cannot hold."""
-    bytes_N = np.empty(len(values_N), np.uint8)
-    for start in range(0, len(values_N), _IN_CACHE):
-        within = slice(start, start + _IN_CACHE)
-        bytes_N[within] = np.minimum(values_N[within], OVERFLOWN)
+    bytes_N = np.minimum(values_N, OVERFLOWN).astype(np.uint8)
     overflown_O = np.flatnonzero(bytes_N == OVERFLOWN)
     overflow_B1 = np.dtype(wide).itemsize * np.searchsorted(overflown_O, offsets_B1)
     return {

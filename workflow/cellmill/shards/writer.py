@@ -35,6 +35,8 @@ BLOCK_SCHEMA = pa.schema(
 )
 FLUSH = 2**25
 """Nonzeros that a block holds in memory, 2 bytes each, before it writes them."""
+IN_CACHE = 2**17
+"""Nonzeros that are packed at a time, so that they stay in the processor's cache from one step to the next."""
 _EMPTY = pa.RecordBatch.from_pylist([], BLOCK_SCHEMA)
 
 
@@ -52,13 +54,8 @@ def check_obs(path: Path, cells: CellBatch, obs: pa.Table) -> list[str]:
     measured = obs["n_measured_genes"]
     if not pa.types.is_integer(measured.type) or measured.null_count:
         raise CellmillError(f"{path.name}: column n_measured_genes must hold integers and no nulls")
-    filled = np.flatnonzero(cells.lengths)
-    sums = np.add.reduceat(cells.counts, cells.offsets[filled], dtype=np.int64) if len(filled) else 0
-    if (sums > cells.totals[filled]).any() or (cells.lengths > measured.to_numpy()).any():
-        raise CellmillError(
-            f"{path.name}: a cell has more counts or genes in the vocabulary than in all measured genes"
-            " (total_counts, n_measured_genes); these two must be taken before genes are left out"
-        )
+    if (cells.lengths > measured.to_numpy()).any():
+        raise _too_many(path, "genes")
     names = [*OBS_STRINGS, *(n for n in obs.column_names if n not in (*OBS_STRINGS, *FROM_CELLS, "n_measured_genes"))]
     for name in names:
         kind = obs.schema.field(name).type
@@ -68,6 +65,22 @@ def check_obs(path: Path, cells: CellBatch, obs: pa.Table) -> list[str]:
         if name in PACKED or not strings:
             raise CellmillError(f"{path.name}: column {name} of the metadata must hold strings, not {kind}")
     return names
+
+
+def check_totals(path: Path, cells: CellBatch) -> None:
+    """Raise `CellmillError`, naming the file of `path`, where a cell has more counts than it may have."""
+    filled = np.flatnonzero(cells.lengths)
+    if len(filled):
+        sums = np.add.reduceat(cells.counts, cells.offsets[filled], dtype=np.int64)
+        if (sums > cells.totals[filled]).any():
+            raise _too_many(path, "counts")
+
+
+def _too_many(path: Path, what: str) -> CellmillError:
+    return CellmillError(
+        f"{path.name}: a cell has more {what} in the vocabulary than in all measured genes (total_counts,"
+        " n_measured_genes); these two must be taken before genes are left out"
+    )
 
 
 class ShardWriter:
@@ -131,6 +144,7 @@ class ShardWriter:
             If a column is missing, of another type or contradicts `cells`, or a value does not fit the format.
         """
         names = check_obs(self.path, cells, obs)
+        check_totals(self.path, cells)
         self.write_packed(
             pa.table(
                 {
@@ -298,14 +312,19 @@ class BlockWriter:
         if not len(cells):
             return
         names = check_obs(self.path, cells, obs)
-        table = {
-            "soma_joinid": cells.joinids,
-            "metadata": self._metadata.number(obs.select([*names, "n_measured_genes"])),
-            "total_counts": cells.totals,
-            **encode_cells(cells),
-            "shard": self.order.shard_of(split, self.order.keys(cells.joinids)),
-        }
-        self._waiting.append(pa.table(table))
+        metadata_B = self._metadata.number(obs.select([*names, "n_measured_genes"]))
+        shard_B = self.order.shard_of(split, self.order.keys(cells.joinids))
+        for start, stop in _runs(cells.offsets):
+            some = cells.slice(start, stop)
+            check_totals(self.path, some)
+            table = {
+                "soma_joinid": some.joinids,
+                "metadata": metadata_B[start:stop],
+                "total_counts": some.totals,
+                **encode_cells(some),
+                "shard": shard_B[start:stop],
+            }
+            self._waiting.append(pa.table(table))
         self._nonzeros += len(cells.genes)
         self._n_genes = max(self._n_genes, int(cells.genes.max(initial=0)) + 1)
         if self._nonzeros >= FLUSH:
@@ -352,6 +371,13 @@ class BlockWriter:
             with contextlib.suppress(OSError):  # a full disk is still full; the file goes now
                 self._file.close()
         self._temporary.unlink(missing_ok=True)
+
+
+def _runs(offsets_B1: np.ndarray) -> list[tuple[int, int]]:
+    """Cut cells into runs of about `IN_CACHE` nonzeros: [start, stop) of each."""
+    run_B = offsets_B1[:-1] // IN_CACHE
+    edges = [0, *(np.flatnonzero(np.diff(run_B)) + 1).tolist(), len(run_B)]
+    return list(itertools.pairwise(edges))
 
 
 def checksum(batch: pa.RecordBatch) -> int:
