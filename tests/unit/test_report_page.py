@@ -2,9 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import anndata
@@ -26,6 +23,7 @@ from cellmill.shards.format import OBS_STRINGS
 from cellmill.shards.manifest import write_manifest
 from cellmill.shards.writer import ShardWriter
 from cellmill.vocabulary import Vocabulary
+from report_pages import Page, assert_all_is_drawn, browse, chromium
 
 METHODS = {  # name: kind, level of its scores, spread over seeds
     "hvg_pca": ("baseline", 0.95, 0.0),
@@ -308,42 +306,6 @@ def make_run(root: Path, data: Path, *, seeds=(0, 1, 2), n_cells=300, methods=ME
     }
 
 
-class Page(HTMLParser):
-    """A parsed page: its text, its scripts by type, and every attribute that could load something."""
-
-    LOADING = {"src", "href", "srcset", "data", "action", "poster", "xlink:href", "background", "formaction"}
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.html, self.texts, self.loads, self.scripts, self.styles, self._inside = html, [], [], [], [], []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        self._inside = [tag, dict(attributes)]
-        self.loads += [(tag, value) for name, value in attributes if name in self.LOADING]
-        self.styles += [value for name, value in attributes if name == "style"]
-
-    def handle_endtag(self, tag):
-        self._inside = []
-
-    def handle_data(self, text):
-        tag, attributes = self._inside or (None, {})
-        if tag == "script":
-            self.scripts.append((attributes.get("type"), text))
-        elif tag == "style":
-            self.styles.append(text)
-        else:
-            self.texts.append(text)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
-
-    @property
-    def payload(self) -> dict:
-        return json.loads(next(text for kind, text in self.scripts if kind == "application/json"))
-
-
 def written(arguments: dict) -> Page:
     write_report(**arguments)
     return Page(arguments["out"].read_text())
@@ -554,40 +516,14 @@ def test_failed_write_leaves_the_old_page(run, tmp_path, bare):
     assert {path.name for path in tmp_path.iterdir()} == {"index.html", "log.parquet", "scores.parquet"}
 
 
-def chromium() -> str | None:
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
 @pytest.mark.skipif(chromium() is None, reason="no chromium on this machine (apt-get install chromium)")
 def test_browser_draws_every_chart_without_an_error(run, tmp_path):
     arguments, page = run
-    command = [
-        chromium(),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-    ]
-    command += [
-        "--disable-component-update",
-        "--disable-sync",
-        f"--user-data-dir={tmp_path}",
-        "--virtual-time-budget=60000",
-        "--enable-logging=stderr",
-    ]
-    command += ["--dump-dom", arguments["out"].as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    html = re.search(r"<html[^>]*>", done.stdout).group()
-    n_figures = len(re.findall(r'class="chart" id=', page.html))
-    assert 'data-state="ready"' in html, done.stderr[-2000:]
-    assert f'data-charts="{n_figures}"' in html
-    assert 'data-errors=""' in html
-    assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
-    drawn = Page(done.stdout)
-    assert done.stdout.count("<canvas") == sum(
+    shown = browse(arguments["out"], tmp_path)
+    assert_all_is_drawn(shown, page)
+    drawn = Page(shown)
+    assert shown.count("<canvas") == sum(
         spec.startswith("umap") for spec in re.findall(r'data-spec="([^"]+)"', page.html)
     )
     assert "0.950 (3 equal)" in drawn.text, "the ranking writes its means"
-    assert done.stdout.count('class="row"') == 30, "the table shows its first rows"
+    assert shown.count('class="row"') == 30, "the table shows its first rows"

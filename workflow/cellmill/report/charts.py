@@ -258,10 +258,11 @@ def _group() -> alt.Parameter:
 def density(edges: list[float], counts: list[float], genes: list[float]) -> dict:
     """Raw counts against genes in squares, darker where more cells are; a dot where some were removed.
 
-    Data: ``group, i, j, kept, removed``, the square from `edges` i, j to i + 1, j + 1; the axes' domains are given.
+    Data: ``group, i, j, kept, removed, shade``, the square from `edges` i, j to i + 1, j + 1, and how dark it is (to
+    1); the axes' domains are given.
     """
     over_x, over_y = (alt.Scale(type="log", nice=False, domain=domain) for domain in (counts, genes))
-    shade = alt.Scale(type="log", range=[0.12, 1])
+    shade = alt.Scale(domain=[0, 1], range=[0, 1])
     tooltip = [
         alt.Tooltip("x0:Q", format=",.0f", title="counts from"),
         alt.Tooltip("y0:Q", format=",.0f", title="genes from"),
@@ -277,7 +278,7 @@ def density(edges: list[float], counts: list[float], genes: list[float]) -> dict
             x2="x1:Q",
             y=alt.Y("y0:Q", title="genes", scale=over_y, axis=axis),
             y2="y1:Q",
-            opacity=alt.Opacity("cells:Q", scale=shade, legend=None),
+            opacity=alt.Opacity("shade:Q", scale=shade, legend=None),
             tooltip=tooltip,
         )
     )
@@ -298,7 +299,7 @@ def density(edges: list[float], counts: list[float], genes: list[float]) -> dict
         .transform_calculate(
             x0="edges[datum.i]", x1="edges[datum.i + 1]", y0="edges[datum.j]", y1="edges[datum.j + 1]",
             x="sqrt(edges[datum.i] * edges[datum.i + 1])", y="sqrt(edges[datum.j] * edges[datum.j + 1])",
-            cells="datum.kept + datum.removed", part="datum.removed / (datum.kept + datum.removed)",
+            part="datum.removed / (datum.kept + datum.removed)",
         )
         .add_params(_group(), alt.param(name="edges", value=edges))
     )  # fmt: skip

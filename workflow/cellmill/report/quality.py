@@ -206,15 +206,17 @@ class Binned:
             self.assays.setdefault(datasets[pair // len(assays)], set()).add(assays[pair % len(assays)])
 
     def add_planned(self, datasets: dict) -> None:
-        """Count the cells that the plan removed before their counts were read: ``histograms.datasets`` of it."""
+        """Count the cells that the plan removed before their counts were read: ``histograms.datasets`` of it.
+
+        Not those that are held out, which say nothing of quality, and not those it kept, which qc_cells.parquet has.
+        """
         for dataset, quantities in datasets.items():
-            own = self.counts.setdefault(("dataset", dataset), {})
             for name, outcomes in quantities.items():
-                tally_PE = own.setdefault(name, np.zeros((2, len(self.edges[name]) - 1), np.int64))
-                for outcome, cells in outcomes.items():
-                    if outcome != "kept":  # those are in qc_cells.parquet
-                        for place, n in cells.items():
-                            tally_PE[1, int(place)] += n
+                for outcome in outcomes.keys() - {"held_out", "kept"}:
+                    own = self.counts.setdefault(("dataset", dataset), {})
+                    tally_PE = own.setdefault(name, np.zeros((2, len(self.edges[name]) - 1), np.int64))
+                    for place, n in outcomes[outcome].items():
+                        tally_PE[1, int(place)] += n
 
     def _bin(self, name: str, value_B: np.ndarray) -> np.ndarray:
         """int64 [B]: the bin of each value, outer bins also holding what lies beyond; -1 where it is missing."""
@@ -268,9 +270,11 @@ def distributions(page: Figures, name: str, plan: dict, binned: Binned) -> dict 
     for number, (_, members) in enumerate(groups):
         cells_PEE = sum(binned.joint[group] for group in members if group in binned.joint)
         if np.ndim(cells_PEE):
+            most = np.log1p(cells_PEE.sum(axis=0).max())
             for i, j in np.argwhere(cells_PEE.sum(axis=0)).tolist():
                 kept, lost = cells_PEE[:, i, j].tolist()
-                joint.append({"group": number, "i": i, "j": j, "kept": kept, "removed": lost})
+                shade = round(float(np.log1p(kept + lost) / most), 2)
+                joint.append({"group": number, "i": i, "j": j, "kept": kept, "removed": lost, "shade": shade})
     density = None
     if joint:
         edges = np.round(binned.edges["raw_sum"], 1).tolist()
@@ -307,18 +311,21 @@ def _groups(binned: Binned) -> tuple[list[tuple[str, list]], int]:
 
 
 def _histogram(page: Figures, name: str, key: str, plan: dict, binned: Binned, groups) -> dict:
-    quantity, rows, limits = QUANTITIES[key], [], []
+    quantity, rows, limits, empty = QUANTITIES[key], [], [], []
     for number, (_, members) in enumerate(groups):
         cells_PE = sum(binned.counts[group][key] for group in members if key in binned.counts[group])
         used = np.flatnonzero(cells_PE.sum(axis=0)) if np.ndim(cells_PE) else ()
         for place in used:
             kept, lost = cells_PE[:, place].tolist()
             rows.append({"group": number, "bin": int(place), "kept": kept, "removed": lost})
-        if len(used):
+        if not len(used):
+            empty.append(number)
+        else:
             limits += [{"group": number} | limit for limit in _limits(quantity, plan, binned, members)]
     if not rows:
         return {"title": quantity.title, "figure": None, "unknown": quantity.unknown}
     shown = [row["bin"] for row in rows]
+    rows += [{"group": number, "bin": shown[0], "kept": 0, "removed": 0} for number in empty]  # an axis without bars
     edges = np.round(binned.edges[key], 3)
     domain = [float(edges[min(shown)]), float(edges[max(shown) + 1])]
     chart = charts.histogram(edges.tolist(), domain, quantity.log, quantity.format, bool(limits))
