@@ -188,7 +188,9 @@ class Flow:
     def selection(self, wildcards) -> dict:
         """The config section of a selection: which cells of a corpus, or of a benchmark data set."""
         if wildcards.cells in self.corpora:
-            return self.config.corpus.model_dump(include={"include", "exclude", "quality", "splits", "held_out"})
+            return self.config.corpus.model_dump(
+                include={"organisms", "include", "exclude", "quality", "splits", "held_out"}
+            )
         return self.config.datasets[wildcards.cells].model_dump(include={"include", "quality", "label", "batch"})
 
     def held_out(self, wildcards) -> dict[str, dict]:
