@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cellmill.errors import CellmillError
-from cellmill.shards import shuffle, writer
+from cellmill.shards import writer
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.order import Order, hash_edges
 from cellmill.shards.reader import read_shard
@@ -168,13 +168,13 @@ import os, signal, sys
 from pathlib import Path
 from cellmill.shards import shuffle
 
-write = shuffle._write_shard
+write = shuffle._make_shard
 def then_die(path, *rest):
     if len(list(path.parent.glob("*.json"))) == {after}:
         Path(path.with_name(path.name + ".tmp")).write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     return write(path, *rest)
-shuffle._write_shard = then_die
+shuffle._make_shard = then_die
 shuffle.shuffle_part(summary=Path(sys.argv[1]), blocks=[Path(p) for p in sys.argv[3:]], removed=[], part=0, parts=1,
                      n_genes={N_GENES}, out=Path(sys.argv[2]))
 """
@@ -214,7 +214,7 @@ def test_another_order_and_a_smaller_vocabulary(blocks, tmp_path):
 
 
 def test_a_cell_in_two_blocks_and_other_columns(all_cells, blocks, tmp_path):
-    with pytest.raises(CellmillError, match=r"the cell \d+ \(soma_joinid\) stands in .* twice"):
+    with pytest.raises(CellmillError, match=r"the cell \d+ \(soma_joinid\) stands twice in the blocks of"):
         make(tmp_path, [blocks[0], blocks[1], blocks[0]])
     cells, obs = all_cells
     bare = write_blocks(tmp_path, cells, obs.drop_columns("library"), ORDER, n=1, at_a_time=5_000)
@@ -306,20 +306,17 @@ def test_no_room_on_the_disk(expected, tmp_path, room):
     assert done.returncode == 1
 
 
-def test_one_shard_is_in_memory_at_a_time(all_cells, blocks, tmp_path, monkeypatch):
-    """No more than the cells of one shard, packed, and a copy of them, whatever the number of shards."""
-    peaks = []
+def test_one_shard_is_in_memory_at_a_time(blocks, tmp_path, monkeypatch):
+    """A shard, here a sixth of all cells, and one copy of it; the row group that is written is a whole shard here."""
+    in_memory = []
+    write_packed = ShardWriter.write_packed
 
-    def watched(*arguments):
-        before = pa.total_allocated_bytes()
-        cells, order_B = shuffle_cells(*arguments)
-        peaks.append(pa.total_allocated_bytes() - before)
-        return cells, order_B
+    def watched(self, table):
+        in_memory.append(pa.total_allocated_bytes())
+        write_packed(self, table)
 
-    shuffle_cells = shuffle._cells_of_shard
-    monkeypatch.setattr(shuffle, "_cells_of_shard", watched)
+    monkeypatch.setattr(ShardWriter, "write_packed", watched)
     before = pa.total_allocated_bytes()
     make(tmp_path, blocks)
-    largest = sum(path.stat().st_size for path in blocks) / 4
-    assert max(peaks) < largest
-    assert pa.total_allocated_bytes() - before < largest
+    assert max(in_memory) - before < sum(path.stat().st_size for path in blocks) / 2
+    assert len(in_memory) == 7

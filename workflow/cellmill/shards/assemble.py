@@ -19,7 +19,6 @@ from cellmill.errors import CellmillError
 from cellmill.files import atomic, unwritable
 from cellmill.qc import LATE_RULES, TABLE_SCHEMA, X_RULES, add_rows, explain_removed, removed_by_rule
 from cellmill.shards.manifest import write_manifest
-from cellmill.shards.reader import read_obs
 from cellmill.shards.shuffle import PART, among, joinids_of
 from cellmill.splits import VALIDATION, check_kept
 from cellmill.vocabulary import Vocabulary
@@ -125,6 +124,8 @@ def _shards_of(parts: list[Path]) -> list[tuple[Path, dict]]:
 
 def _check_named_units(content: dict, shards: list[tuple[Path, dict]]) -> None:
     """Raise `CellmillError` where a donor or data set that is held out by name has lost all its cells."""
+    from cellmill.shards.reader import read_obs  # it imports torch, which nothing else here needs
+
     held = [part / shard["file"] for part, shard in shards if shard["split"] == VALIDATION]
     if not held:
         return

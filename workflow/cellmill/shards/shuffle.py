@@ -26,7 +26,6 @@ from cellmill.progress import Progress
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.format import OBS_STRINGS, PACKED, ROW_GROUP, VERSION
 from cellmill.shards.order import Order
-from cellmill.shards.reader import decode_cells
 from cellmill.shards.writer import BLOCK_FORMAT, BLOCK_SCHEMA, ShardWriter, checksum
 
 PART = "part.json"
@@ -89,9 +88,7 @@ def shuffle_part(
             path = unfinished / f"{split}-{number:05d}.parquet"
             info = _finished(path, inputs)
             if info is None:
-                cells, order_B = _cells_of_shard(opened, first_of, index, order)
-                kept_B = order_B[~among(cells["soma_joinid"].to_numpy()[order_B], removed_R)]
-                info = _write_shard(path, cells, kept_B, metadata)
+                info = _make_shard(path, opened, first_of, index, order, removed_R, metadata)
                 with atomic(_note(path)) as temporary:
                     temporary.write_text(json.dumps({"inputs": inputs, "shard": info}))
             if info["cells"]:
@@ -189,38 +186,43 @@ class Block:
 
 def read_block(path: str | Path, order: Order) -> tuple[CellBatch, pa.Table]:
     """All cells of a block in the order of the shards, unpacked, and their metadata."""
+    from cellmill.shards.reader import decode_cells  # it imports torch, which the shuffle does without
+
     block = Block(path, order)
     batches = [batch for shard in range(len(order.shards)) for batch in block.cells(shard)]
     table = _packed_table(pa.Table.from_batches(batches, BLOCK_SCHEMA), block.metadata)
     return decode_cells(table, str(path)), table.drop_columns(PACKED)
 
 
-def _cells_of_shard(blocks: list[Block], first_of: list[int], index: int, order: Order):
-    """The cells of a shard, `metadata` counting the rows of all blocks, and int64 [B], their final order."""
-    pieces = []
-    for block, first in zip(blocks, first_of, strict=True):
-        for batch in block.cells(index):
-            numbers = pc.add(batch["metadata"], pa.scalar(first, pa.int32()))
-            pieces.append(pa.Table.from_batches([batch.set_column(1, "metadata", numbers)]).cast(_LARGE))
-    table = pa.concat_tables(pieces).combine_chunks() if pieces else _LARGE.empty_table()
-    pieces.clear()
-    joinid_B = table["soma_joinid"].to_numpy()
+def _make_shard(
+    path: Path, blocks: list[Block], first_of: list[int], index: int, order: Order, removed_R, metadata: pa.Table
+) -> dict:
+    """Write the shard of this index in the order; returns what the manifest says of it."""
+    cells = _cells_of_shard(blocks, first_of, index)
+    joinid_B = cells["soma_joinid"].to_numpy()
     order_B = np.lexsort((joinid_B, order.keys(joinid_B)))
     twice = np.flatnonzero(np.diff(joinid_B[order_B]) == 0)
     if len(twice):
-        folder = blocks[0].path.parent
         raise CellmillError(
-            f"the cell {joinid_B[order_B[twice[0]]]} (soma_joinid) stands in {folder} twice; delete it and run again"
+            f"the cell {joinid_B[order_B[twice[0]]]} (soma_joinid) stands twice in the blocks of "
+            f"{blocks[0].path.parent}; delete it and run again"
         )
-    return table, order_B
-
-
-def _write_shard(path: Path, cells: pa.Table, order_B: np.ndarray, metadata: pa.Table) -> dict:
+    order_B = order_B[~among(joinid_B[order_B], removed_R)]
     with ShardWriter(path) as writer:
         for start in range(0, len(order_B), ROW_GROUP):
             rows = order_B[start : start + ROW_GROUP]
             writer.write_packed(_packed_table(cells.take(rows), metadata))
     return writer.close()
+
+
+def _cells_of_shard(blocks: list[Block], first_of: list[int], index: int) -> pa.Table:
+    """The cells of a shard from all blocks, `metadata` counting the rows of all."""
+    pieces = []
+    for block, first in zip(blocks, first_of, strict=True):
+        for batch in block.cells(index):
+            numbers = pc.add(batch["metadata"], pa.scalar(first, pa.int32()))
+            pieces.append(pa.Table.from_batches([batch.set_column(1, "metadata", numbers)]).cast(_LARGE))
+    return pa.concat_tables(pieces).combine_chunks() if pieces else _LARGE.empty_table()
 
 
 def _packed_table(cells: pa.Table, metadata: pa.Table) -> pa.Table:
