@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +84,7 @@ def test_blocks_their_order_and_memory_change_no_byte(table, tmp_path, monkeypat
     find_duplicates(write(tmp_path / "one", table), out=one)
     shuffled = table.take(np.random.default_rng(0).permutation(len(table)))
     blocks = [shuffled.slice(start, 3000) for start in range(0, len(shuffled), 3000)]
-    monkeypatch.setattr(duplicates, "VALUES_IN_MEMORY", 4000)
-    monkeypatch.setattr(duplicates, "ROWS_IN_MEMORY", 100)
+    monkeypatch.setattr(duplicates, "AT_A_TIME", {"values": 4000, "cells": 100})
     monkeypatch.setattr(duplicates, "BATCH", 700)
     find_duplicates(write(tmp_path / "many", *blocks, table.slice(0, 0)), out=many)
     assert pq.read_table(one).equals(pq.read_table(many))
@@ -176,6 +176,23 @@ def test_damaged_fingerprints_are_said(table, tmp_path):
     with pytest.raises(CellmillError, match=r"none\.parquet cannot be read"):
         audit_leaks({"corpus": [tmp_path / "none.parquet"]}, {}, action="drop", out=tmp_path / "l.parquet")
     assert not (tmp_path / "d.parquet").exists()
+
+
+def test_a_full_disk_and_a_killed_job_leave_nothing(table, tmp_path):
+    out, paths = tmp_path / "d.parquet", write(tmp_path / "p", table)
+    left = tmp_path / "d.parquet.tmp.d"
+    left.mkdir()
+    (left / "dealt-0").write_bytes(b"of a killed job")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as a full disk: writing fails in the middle
+    try:
+        with pytest.raises(CellmillError, match=r"d\.parquet.* could not be written .*run the same command again"):
+            find_duplicates(paths, out=out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p"]
+    assert find_duplicates(paths, out=out) == 177
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.parquet", "p"]
 
 
 def planted(cells: RealCells, *, half: bool) -> tuple[pa.Table, pa.Table]:

@@ -2,7 +2,7 @@
 
 Both work on the fingerprints that curation wrote (`cellmill.fingerprints`), never on counts. Copies are looked for
 among cells that share a fingerprint: sorting finds those, so nothing grows with the square of the cells. A corpus's
-fingerprints are sorted one group and one range of values at a time, so that memory holds a slice of them.
+fingerprints are dealt to files by their values, one group at a time, so that memory holds and sorts one file of them.
 
 Legend: N cells of a corpus, M cells that share a fingerprint with another, B cells of one batch, Q cells of all
 benchmarks, P pairs, G groups.
@@ -10,8 +10,11 @@ benchmarks, P pairs, G groups.
 
 import functools
 import json
+import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cellmill.errors import CellmillError
-from cellmill.files import atomic
+from cellmill.files import atomic, unwritable
 from cellmill.fingerprints import GROUPS, MIN_EQUAL, MIN_SHARE, PRINTS, PRINTS_SCHEMA
 from cellmill.progress import Progress
 
@@ -34,6 +37,8 @@ DUPLICATES_SCHEMA = pa.schema(
         ("groups_compared", pa.int8()),
     ]
 )
+VALUE = np.dtype([("print", np.uint64), ("row", np.uint32)])
+CELL = np.dtype([("print", np.uint64), ("prints", np.uint64, GROUPS), ("cell", np.uint32)])
 LEAKS_SCHEMA = pa.schema(
     [
         ("soma_joinid", pa.int64()),
@@ -49,10 +54,8 @@ LEAKS_SCHEMA = pa.schema(
 COMPARED = b"cellmill.compared"
 """Key of the tables' metadata: JSON, by selection and benchmark the number of cells, and of those too shallow (or with
 too few of the genes measured) to be compared with any other."""
-VALUES_IN_MEMORY = 1 << 22
-"""Fingerprints that are sorted at a time."""
-ROWS_IN_MEMORY = 1 << 20
-"""Cells whose fingerprints of all groups are held at a time."""
+AT_A_TIME = {"values": 1 << 22, "cells": 1 << 19}
+"""What is sorted in memory at a time: fingerprints of one group; cells with the fingerprints of all groups."""
 BATCH = 1 << 18
 NEIGHBOURS = 8
 """Cells of one fingerprint are compared with so many that follow them in the order of their other fingerprints."""
@@ -65,8 +68,9 @@ def find_duplicates(prints: list[Path], *, out: Path) -> int:
 
     Copies agree in at least `MIN_EQUAL` groups and in `MIN_SHARE` of the groups that both have. Copies of copies form
     one cluster; of each, the cell with the smallest (dataset_id, soma_joinid) is kept. So what is kept depends on the
-    cells alone, not on the blocks that they were read in. Memory: about 0.3 GB, 2 bytes for each cell, and some 30 for
-    each that shares a fingerprint.
+    cells alone, not on the blocks that they were read in. Memory: about 0.4 GB, 2 bytes for each cell, and some 30 for
+    each that shares a fingerprint. Disk, while it works and beside `out`: 12 bytes for each cell, or 130 for each that
+    shares a fingerprint if that is more.
 
     Parameters
     ----------
@@ -87,26 +91,28 @@ def find_duplicates(prints: list[Path], *, out: Path) -> int:
     CellmillError
         A file of fingerprints is absent, damaged or has other columns.
     """
-    row_M, compared = _sharing(prints)
-    names, dataset_M, joinid_M = _identities(prints, row_M)
-    parent_M = _joined(prints, row_M, dataset_M, joinid_M)
-    copies = np.flatnonzero(parent_M != np.arange(len(row_M)))
-    copies = copies[np.lexsort((joinid_M[copies], dataset_M[copies]))]
-    schema = DUPLICATES_SCHEMA.with_metadata({COMPARED: json.dumps(compared)})
-    with atomic(out) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        for start in range(0, len(copies), ROWS_IN_MEMORY):
-            copy_P = copies[start : start + ROWS_IN_MEMORY]
-            kept_P = parent_M[copy_P]
-            equal_P, compared_P = _agreement(_take_prints(prints, row_M[copy_P]), _take_prints(prints, row_M[kept_P]))
-            columns = [
-                joinid_M[copy_P],
-                _names(dataset_M[copy_P], names),
-                joinid_M[kept_P],
-                _names(dataset_M[kept_P], names),
-                equal_P.astype(np.int8),
-                compared_P.astype(np.int8),
-            ]
-            writer.write_table(pa.table(columns, schema=schema))
+    out = Path(out)
+    with _scratch(out) as scratch:
+        row_M, compared = _sharing(prints, scratch)
+        with _Candidates(prints, row_M, scratch) as cells:
+            parent_M = _joined(cells, scratch)
+            copies = np.flatnonzero(parent_M != np.arange(len(parent_M)))
+            copies = copies[np.lexsort((cells.joinid_M[copies], cells.dataset_M[copies]))]
+            schema = DUPLICATES_SCHEMA.with_metadata({COMPARED: json.dumps(compared)})
+            with atomic(out) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+                for start in range(0, len(copies), BATCH):
+                    copy_P = copies[start : start + BATCH]
+                    kept_P = parent_M[copy_P]
+                    equal_P, compared_P = _agreement(cells.take(copy_P), cells.take(kept_P))
+                    columns = [
+                        cells.joinid_M[copy_P],
+                        _names(cells.dataset_M[copy_P], cells.names),
+                        cells.joinid_M[kept_P],
+                        _names(cells.dataset_M[kept_P], cells.names),
+                        equal_P.astype(np.int8),
+                        compared_P.astype(np.int8),
+                    ]
+                    writer.write_table(pa.table(columns, schema=schema))
     return len(copies)
 
 
@@ -274,71 +280,155 @@ def _explain(leaks: pa.Table, path: Path) -> str:
     )
 
 
-def _sharing(paths: list[Path]) -> tuple[np.ndarray, dict]:
+@contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """A folder beside `out` for what does not fit in memory; what a killed job left there goes first."""
+    folder = out.with_name(out.name + ".tmp.d")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _dealt(records: Iterator[np.ndarray], total: int, at_a_time: int, scratch: Path) -> Iterator[np.ndarray]:
+    """Deal `total` records to files by ranges of the field ``print``, and give them back file by file.
+
+    A file holds about `at_a_time` records, all of those with the same fingerprint.
+    """
+    bits = max(0, -(-total // at_a_time) - 1).bit_length()
+    paths = [scratch / f"dealt-{number}" for number in range(1 << bits)]
+    with ExitStack() as stack:
+        files = [stack.enter_context(path.open("wb")) for path in paths]
+        for part in records:
+            # numpy shifts a 64-bit number by 64 bits to no certain value, so one bit goes first
+            number = (part["print"] >> np.uint64(1)) >> np.uint64(63 - bits)
+            order = np.argsort(number, kind="stable")
+            edges = np.searchsorted(number[order], np.arange((1 << bits) + 1))
+            for file, start, stop in zip(files, edges, edges[1:], strict=False):
+                file.write(part[order[start:stop]].tobytes())
+            dtype = part.dtype
+    for path in paths:
+        yield np.fromfile(path, dtype)
+        path.unlink()
+
+
+def _sharing(paths: list[Path], scratch: Path) -> tuple[np.ndarray, dict]:
     """Rows (uint32 [M], ascending) that share a fingerprint with another row, and what `_described` says of all."""
     total = _rows(paths)
     shares_N, prints_N = np.zeros(total, bool), np.zeros(total, np.uint8)
-    steps = [(group, limits) for group in PRINTS for limits in _ranges(total, VALUES_IN_MEMORY)]
+
+    def records(group: str) -> Iterator[np.ndarray]:
+        yield np.empty(0, VALUE)
+        for start, batch in _batches(paths, [group]):
+            print_B = batch[group].to_numpy()
+            here = np.flatnonzero(print_B)
+            part = np.empty(len(here), VALUE)
+            part["print"], part["row"] = print_B[here], start + here
+            yield part
+
     with Progress("fingerprints that cells share", total) as progress:
-        for number, (group, (low, high)) in enumerate(steps):
-            values, rows = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint32)]
-            for start, batch in _batches(paths, [group]):
-                print_B = batch[group].to_numpy()
-                here = np.flatnonzero((print_B >= low) & (print_B <= high))
-                values.append(print_B[here])
-                rows.append((start + here).astype(np.uint32))
-            value, row = np.concatenate(values), np.concatenate(rows)
-            prints_N[row] += 1
-            order = np.argsort(value)
-            value, row = value[order], row[order]
-            equal = value[1:] == value[:-1]
-            shares_N[row[1:][equal]] = True
-            shares_N[row[:-1][equal]] = True
-            progress.update(total * (number + 1) // len(steps))
+        for number, group in enumerate(PRINTS):
+            for part in _dealt(records(group), total, AT_A_TIME["values"], scratch):
+                prints_N[part["row"]] += 1
+                ascending = np.sort(part["print"])
+                twice = ascending[1:][ascending[1:] == ascending[:-1]]
+                if len(twice):
+                    place = np.minimum(np.searchsorted(twice, part["print"]), len(twice) - 1)
+                    shares_N[part["row"][twice[place] == part["print"]]] = True
+            progress.update(total * (number + 1) // GROUPS)
     counts = {"cells": total, "not_comparable": int((prints_N < MIN_EQUAL).sum())}
     return np.flatnonzero(shares_N).astype(np.uint32), _described(counts)
 
 
-def _identities(paths: list[Path], row_M: np.ndarray) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Names of data sets, sorted; int32 [M] data set (position among them); int64 [M] joinid."""
-    code_of: dict[str, int] = {}
-    codes, joinids = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
-    for start, batch in _batches(paths, ["soma_joinid", "dataset_id"]):
-        within = _within(row_M, start, len(batch))
-        joinids.append(batch["soma_joinid"].to_numpy()[within])
-        dataset = batch["dataset_id"]
-        code = [code_of.setdefault(name, len(code_of)) for name in dataset.dictionary.to_pylist()]
-        codes.append(np.array(code, np.int32)[dataset.indices.to_numpy()[within]])
-    names = sorted(code_of)
-    rank = np.searchsorted(names, list(code_of)).astype(np.int32)
-    return names, rank[np.concatenate(codes)], np.concatenate(joinids)
+class _Candidates:
+    """The M cells that share a fingerprint: who they are in memory, their fingerprints in a file.
+
+    Attributes
+    ----------
+    names
+        Names of data sets, sorted.
+    dataset_M, joinid_M
+        int32 [M], position in `names`; int64 [M].
+    """
+
+    def __init__(self, paths: list[Path], row_M: np.ndarray, scratch: Path):
+        self.path = scratch / "candidates"
+        code_of: dict[str, int] = {}
+        codes, joinids = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+        with self.path.open("wb") as file:
+            for start, batch in _batches(paths, ["soma_joinid", "dataset_id", *PRINTS]):
+                first, last = np.searchsorted(row_M, [start, start + len(batch)])
+                part = batch.take(pa.array(row_M[first:last].astype(np.int64) - start))
+                file.write(_prints(part).tobytes())
+                joinids.append(part["soma_joinid"].to_numpy())
+                code = [code_of.setdefault(name, len(code_of)) for name in part["dataset_id"].dictionary.to_pylist()]
+                codes.append(np.array(code, np.int32)[part["dataset_id"].indices.to_numpy()])
+        self.names = sorted(code_of)
+        rank = np.searchsorted(self.names, list(code_of)).astype(np.int32)
+        self.dataset_M, self.joinid_M = rank[np.concatenate(codes)], np.concatenate(joinids)
+        self._file = self.path.open("rb")
+
+    def __enter__(self) -> "_Candidates":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    def __len__(self) -> int:
+        return len(self.joinid_M)
+
+    def records(self, group: int) -> Iterator[np.ndarray]:
+        """Records of `CELL` of those that have a fingerprint of the group, some at a time."""
+        yield np.empty(0, CELL)
+        for start in range(0, len(self), BATCH):
+            offset = start * GROUPS * 8
+            prints_BG = np.fromfile(self.path, np.uint64, BATCH * GROUPS, offset=offset).reshape(-1, GROUPS)
+            here = np.flatnonzero(prints_BG[:, group])
+            part = np.empty(len(here), CELL)
+            part["print"], part["prints"], part["cell"] = prints_BG[here, group], prints_BG[here], start + here
+            yield part
+
+    def take(self, cell_P: np.ndarray) -> np.ndarray:
+        """uint64 [P, G], fingerprints of cells in any order."""
+        size, descriptor = GROUPS * 8, self._file.fileno()
+        rows = [os.pread(descriptor, size, cell * size) for cell in cell_P.tolist()]
+        return np.frombuffer(b"".join(rows), np.uint64).reshape(-1, GROUPS)
 
 
-def _joined(paths: list[Path], row_M: np.ndarray, dataset_M: np.ndarray, joinid_M: np.ndarray) -> np.ndarray:
+def _joined(cells: _Candidates, scratch: Path) -> np.ndarray:
     """uint32 [M], of each cell the one to keep of its cluster of copies (a position in the M cells)."""
-    parent_M = np.arange(len(row_M), dtype=np.uint32)
+    parent_M = np.arange(len(cells), dtype=np.uint32)
     kernels = _kernels()
-    steps = [(group, limits) for group in range(GROUPS) for limits in _ranges(len(row_M), ROWS_IN_MEMORY)]
-    with Progress("copies among cells that share a fingerprint", len(row_M)) as progress:
-        for number, (group, (low, high)) in enumerate(steps):
-            cells, prints = [np.zeros(0, np.int64)], [np.zeros((0, GROUPS), np.uint64)]
-            for first, prints_BG in _prints_of_rows(paths, row_M):
-                here = np.flatnonzero((prints_BG[:, group] >= low) & (prints_BG[:, group] <= high))
-                cells.append(first + here)
-                prints.append(prints_BG[here])
-            cell_P, prints_PG = np.concatenate(cells), np.concatenate(prints)
-            # By this group's fingerprint, then the next ones': copies that differ in one group only are neighbours in
-            # the order of the group behind it, however many cells share a fingerprint.
-            keys = [prints_PG[:, (group + step) % GROUPS] for step in range(GROUPS)]
-            order = np.lexsort((joinid_M[cell_P], dataset_M[cell_P], *keys[::-1]))
-            cell_P, prints_PG = cell_P[order], prints_PG[order]
-            for step in range(1, NEIGHBOURS + 1):
-                left = np.flatnonzero(prints_PG[step:, group] == prints_PG[:-step, group])
-                left = left[_are_copies(*_agreement(prints_PG[left], prints_PG[left + step]))]
-                kernels["join"](parent_M, dataset_M, joinid_M, cell_P[left], cell_P[left + step])
-            progress.update(len(row_M) * (number + 1) // len(steps))
+    with Progress("copies among cells that share a fingerprint", len(cells)) as progress:
+        for group in range(GROUPS):
+            for part in _dealt(cells.records(group), len(cells), AT_A_TIME["cells"], scratch):
+                part = part[_neighbours(part, group, cells)]
+                for step in range(1, NEIGHBOURS + 1):
+                    left = np.flatnonzero(part["print"][step:] == part["print"][:-step])
+                    left = left[_are_copies(*_agreement(part["prints"][left], part["prints"][left + step]))]
+                    ends = part["cell"][left], part["cell"][left + step]
+                    kernels["join"](parent_M, cells.dataset_M, cells.joinid_M, *ends)
+            progress.update(len(cells) * (group + 1) // GROUPS)
     kernels["flatten"](parent_M)
     return parent_M
+
+
+def _neighbours(part: np.ndarray, group: int, cells: _Candidates) -> np.ndarray:
+    """The order in which records of `CELL` are compared with the `NEIGHBOURS` that follow them.
+
+    By the fingerprint. Where more cells share one than are compared, by the next groups', too: copies that differ in
+    one group only are neighbours in the order of the group behind it, however many cells share a fingerprint.
+    """
+    order = np.argsort(part["print"], kind="stable")
+    ascending = part["print"][order]
+    if not (ascending[NEIGHBOURS + 1 :] == ascending[: -(NEIGHBOURS + 1)]).any():
+        return order
+    keys = [part["prints"][:, (group + step) % GROUPS] for step in range(GROUPS)]
+    return np.lexsort((cells.joinid_M[part["cell"]], cells.dataset_M[part["cell"]], *keys[::-1]))
 
 
 @functools.cache
@@ -432,35 +522,6 @@ def _batches(paths: list[Path], columns: list[str]) -> Iterator[tuple[int, pa.Re
 def _prints(batch: pa.RecordBatch | pa.Table) -> np.ndarray:
     """uint64 [B, G]."""
     return np.stack([batch[name].to_numpy() for name in PRINTS], axis=1)
-
-
-def _within(row_M: np.ndarray, start: int, length: int) -> np.ndarray:
-    """Positions in a batch of those of the ascending rows `row_M` that lie in it."""
-    first, last = np.searchsorted(row_M, [start, start + length])
-    return row_M[first:last].astype(np.int64) - start
-
-
-def _prints_of_rows(paths: list[Path], row_M: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Fingerprints (uint64 [B, G]) of ascending rows, batch by batch, after the number of rows in earlier batches."""
-    first = 0
-    for start, batch in _batches(paths, list(PRINTS)):
-        within = _within(row_M, start, len(batch))
-        if len(within):
-            yield first, _prints(batch.take(pa.array(within)))
-            first += len(within)
-
-
-def _take_prints(paths: list[Path], row_P: np.ndarray) -> np.ndarray:
-    """uint64 [P, G], fingerprints of rows in any order, which may repeat."""
-    rows, place_P = np.unique(row_P, return_inverse=True)
-    return np.concatenate([prints_BG for _, prints_BG in _prints_of_rows(paths, rows)])[place_P]
-
-
-def _ranges(count: int, at_a_time: int) -> list[tuple[np.uint64, np.uint64]]:
-    """Ranges of fingerprints, both ends included, that hold about `at_a_time` of `count` each; 0 is in none."""
-    n = max(1, -(-count // at_a_time))
-    edges = [number * 2**64 // n for number in range(n + 1)]
-    return [(np.uint64(max(low, 1)), np.uint64(high - 1)) for low, high in zip(edges, edges[1:], strict=False)]
 
 
 def _names(code_B: np.ndarray, names: list[str]) -> pa.DictionaryArray:
