@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cellmill.errors import CellmillError
-from cellmill.files import atomic, sha256
+from cellmill.files import atomic, sha256, unwritable
 from cellmill.progress import Progress
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.format import OBS_STRINGS, PACKED, ROW_GROUP, VERSION
@@ -78,7 +78,6 @@ def shuffle_part(
     inputs = _inputs(summary, blocks, removed, n_genes)
 
     unfinished = out.with_name(out.name + ".tmp")
-    unfinished.mkdir(parents=True, exist_ok=True)
     first, stop = (len(order.shards) * number // parts for number in (part, part + 1))
     cells_S = sum((block.n_cells for block in opened), np.zeros(len(order.shards), np.int64))
     shards = []
@@ -94,16 +93,23 @@ def shuffle_part(
             if info["cells"]:
                 shards.append({"split": split, **info})
             progress.update(int(cells_S[first : index + 1].sum()))
-    kept = {shard["file"] for shard in shards}
-    for path in unfinished.iterdir():
-        if path.name not in kept:
-            path.unlink()
     said = {"selection": content["selection"], "part": part, "shards": shards}
     with atomic(unfinished / PART) as temporary:
         temporary.write_text(json.dumps(said, indent=1) + "\n")
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(unfinished, out)
+    _finish(unfinished, {PART, *(shard["file"] for shard in shards)}, out)
     return said
+
+
+def _finish(unfinished: Path, files: set[str], out: Path) -> None:
+    """Give the folder its name, with these files alone."""
+    try:
+        for path in unfinished.iterdir():
+            if path.name not in files:
+                path.unlink()
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(unfinished, out)
+    except OSError as error:
+        raise unwritable(out, error) from error
 
 
 _AGAIN = "delete it and run again"
