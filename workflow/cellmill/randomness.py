@@ -41,7 +41,9 @@ def hash64(*keys) -> np.ndarray:
 
 def next_key(state: np.ndarray, key: np.ndarray) -> np.ndarray:
     """The hash of (keys..., `key`) from `state`, the hash of the keys before it; integers that broadcast together."""
-    return _mix((state + _GOLDEN) ^ _mix(key.astype(np.int64).view(np.uint64) + _GOLDEN))
+    mixed = key.astype(np.int64).view(np.uint64)
+    mixed += _GOLDEN
+    return _mix((state + _GOLDEN) ^ _mix(mixed))
 
 
 def uniform(*keys) -> np.ndarray:

@@ -14,6 +14,9 @@ import numpy as np
 from cellmill.randomness import hash64, next_key
 from cellmill.shards.batch import CellBatch
 
+_BLOCK = 2**14
+"""Values that are hashed at once, so that intermediate ones stay in the processor's cache."""
+
 
 class Genes(NamedTuple):
     """Genes of cells in any order."""
@@ -100,7 +103,10 @@ def hash_genes(cells: CellBatch | Genes, *keys, index_M: np.ndarray | None = Non
     hash_N, genes_N = spread(hash64(*keys, cells.joinids), cells.offsets), cells.genes
     if index_M is not None:
         hash_N, genes_N = hash_N[index_M], genes_N[index_M]
-    return next_key(hash_N, genes_N)
+    for start in range(0, len(hash_N), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        hash_N[block] = next_key(hash_N[block], genes_N[block])
+    return hash_N
 
 
 def random_order(offsets: np.ndarray, hash_N: np.ndarray) -> np.ndarray:
