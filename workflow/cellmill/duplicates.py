@@ -68,7 +68,7 @@ def find_duplicates(prints: list[Path], *, out: Path) -> int:
 
     Copies agree in at least `MIN_EQUAL` groups and in `MIN_SHARE` of the groups that both have. Copies of copies form
     one cluster; of each, the cell with the smallest (dataset_id, soma_joinid) is kept. So what is kept depends on the
-    cells alone, not on the blocks that they were read in. Memory: about 0.4 GB, 2 bytes for each cell, and some 30 for
+    cells alone, not on the blocks that they were read in. Memory: about 0.5 GB, 2 bytes for each cell, and some 30 for
     each that shares a fingerprint. Disk, while it works and beside `out`: 12 bytes for each cell, or 130 for each that
     shares a fingerprint if that is more.
 
@@ -89,7 +89,7 @@ def find_duplicates(prints: list[Path], *, out: Path) -> int:
     Raises
     ------
     CellmillError
-        A file of fingerprints is absent, damaged or has other columns.
+        A file of fingerprints is absent, damaged or has other columns, or the disk is full.
     """
     out = Path(out)
     with _scratch(out) as scratch:
@@ -403,7 +403,7 @@ def _joined(cells: _Candidates, scratch: Path) -> np.ndarray:
     """uint32 [M], of each cell the one to keep of its cluster of copies (a position in the M cells)."""
     parent_M = np.arange(len(cells), dtype=np.uint32)
     kernels = _kernels()
-    with Progress("copies among cells that share a fingerprint", len(cells)) as progress:
+    with Progress("copies among cells that share one", len(cells), show=len(cells) > 0) as progress:
         for group in range(GROUPS):
             for part in _dealt(cells.records(group), len(cells), AT_A_TIME["cells"], scratch):
                 part = part[_neighbours(part, group, cells)]
