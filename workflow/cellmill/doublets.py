@@ -126,7 +126,8 @@ def _groups(obs, plan: Path, block: int, blocks: int) -> list[Group]:
     """The groups of one job by name; of other jobs' cells none is held longer than one read."""
     joinids: dict[str, list[np.ndarray]] = {}
     nonzeros: dict[str, int] = {}
-    for planned in pq.ParquetFile(plan).iter_batches(columns=["soma_joinid", "nnz"]):
+    batches = pq.ParquetFile(plan, pre_buffer=False).iter_batches(columns=["soma_joinid", "nnz"])
+    for planned in batches:  # buffered, the whole plan would stay in memory
         joinid_B, nnz_B = planned["soma_joinid"].to_numpy(), planned["nnz"].to_numpy()
         names, name_B = np.unique(_names(obs, joinid_B), return_inverse=True)
         own = [int(hash64("doublet block", name)[0] % np.uint64(blocks)) == block for name in names]

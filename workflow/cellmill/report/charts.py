@@ -50,9 +50,11 @@ CONFIG = {
         "gridColor": "var(--line)",
         "labelFlush": False,
         "labelPadding": 8,
+        "labelOverlap": "greedy",
+        "labelSeparation": 6,
         "titlePadding": 10,
     },
-    "axisY": {"labelColor": "var(--ink)", "labelLimit": 190},
+    "axisY": {"labelColor": "var(--ink)", "labelLimit": 190, "labelOverlap": False},
     "text": {"fill": "var(--soft)", "fontSize": 12},
 }
 

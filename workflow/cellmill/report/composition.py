@@ -54,7 +54,7 @@ def count_values(shards: Shards, columns: tuple[str, ...]) -> dict[str, dict[str
     counts: dict[str, dict[str, int]] = {column: {} for column in columns}
     for split in shards.splits:
         for entry in shards.manifest["splits"][split]:
-            with pq.ParquetFile(shards.folder / entry["file"]) as file:
+            with pq.ParquetFile(shards.folder / entry["file"], pre_buffer=False) as file:
                 for batch in file.iter_batches(_ROWS, columns=list(columns)):
                     for column in columns:
                         names, n_C = _values(batch[column])
@@ -95,7 +95,7 @@ def mixing(shards: Shards) -> list[dict]:
         entries = [entry for entry in shards.manifest["splits"][split] if entry["cells"]]
         looked_at = {entries[i]["file"] for i in np.linspace(0, len(entries) - 1, MAX_SHARDS).astype(int)}
         for entry in entries:
-            with pq.ParquetFile(shards.folder / entry["file"]) as file:
+            with pq.ParquetFile(shards.folder / entry["file"], pre_buffer=False) as file:
                 for number, cells in enumerate(file.iter_batches(MAX_CELLS, columns=[column])):
                     codes, names = _codes(cells[column])
                     for value, n in zip(names, np.bincount(codes, minlength=len(names)).tolist(), strict=True):

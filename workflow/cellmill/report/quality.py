@@ -243,7 +243,7 @@ def bin_cells(plan: dict, path: Path) -> Binned:
     binned = Binned(np.array(plan["histograms"]["edges"]))
     columns = ["dataset_id", "assay", *QUANTITIES, "removed_by"]
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False) as file:  # buffered, the whole file would stay in memory
             missing = [name for name in columns if name not in file.schema_arrow.names]
             if missing:
                 raise CellmillError(
