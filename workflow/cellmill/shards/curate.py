@@ -186,9 +186,12 @@ class _Cells:
 
     def take(self, rows: np.ndarray) -> CellBatch:
         """Cells at ascending `rows`, with their genes of the vocabulary."""
-        offsets, genes, counts = kernels.take(
-            rows, self.first_B, self.state_BS, self.pairs, self.ascend, self.source.n_genes
-        )
+        lengths = self.state_BS[rows, kernels.NEXT] - self.first_B[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        # allocated here, since numpy asks for huge pages: small ones cost more than the work on them
+        genes, counts = np.empty(offsets[-1], np.uint16), np.empty(offsets[-1], np.int32)
+        count_V = np.zeros(self.source.n_genes, np.int32)
+        kernels.take(rows, self.first_B, self.state_BS, self.pairs, self.ascend, count_V, genes, counts)
         return CellBatch(self.joinids_B[rows], offsets, genes, counts, self.state_BS[rows, kernels.TOTAL])
 
     def _name(self, row: int) -> str:

@@ -113,7 +113,7 @@ def _find(sorted_B, value, guess):
 
 
 @numba.njit(nogil=True, cache=True)
-def take(row_K, first_B, state_BS, pairs, ascend, n_genes):
+def take(row_K, first_B, state_BS, pairs, ascend, count_V, genes, counts):
     """The nonzeros of some cells.
 
     Parameters
@@ -126,22 +126,13 @@ def take(row_K, first_B, state_BS, pairs, ascend, n_genes):
         As `gather` left them.
     ascend
         Do the genes of every cell ascend; if not, they are sorted.
-    n_genes
-        Genes in the vocabulary, V, at most 65,536.
-
-    Returns
-    -------
-    offsets : int64 [K + 1]
-    genes : uint16 [M]
-    counts : int32 [M]
+    count_V
+        int32 [V], all 0; room to sort in.
+    genes, counts
+        uint16 [M] and int32 [M], filled; cells lie one after the other in the order of `row_K`.
     """
-    offsets = np.zeros(len(row_K) + 1, np.int64)
-    for k, row in enumerate(row_K):
-        offsets[k + 1] = offsets[k] + state_BS[row, NEXT] - first_B[row]
-    genes, counts = np.empty(offsets[-1], np.uint16), np.empty(offsets[-1], np.int32)
     # One cell's counts by gene, and a bit for each gene that has one: reading the bits in turn sorts the genes.
-    count_V = np.zeros(n_genes, np.int32)
-    bits = np.zeros(n_genes // 64 + 1, np.uint64)
+    bits = np.zeros(len(count_V) // 64 + 1, np.uint64)
     one = np.uint64(1)
     at = 0
     for row in row_K:
@@ -163,4 +154,3 @@ def take(row_K, first_B, state_BS, pairs, ascend, n_genes):
                 gene = word * 64 + _BIT[lowest * _DE_BRUIJN >> np.uint64(58)]
                 genes[at], counts[at] = gene, count_V[gene]
                 at += 1
-    return offsets, genes, counts
