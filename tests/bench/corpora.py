@@ -119,17 +119,22 @@ class Corpus:
         return done
 
 
-def real_corpus(options: Options) -> Path:
-    """Shards of all real cells, every gene, copies too; one data set is held out, as every corpus holds out some."""
+def real_corpus(options: Options, *biotypes: str) -> Path:
+    """Shards of all real cells, copies too; `biotypes` of genes, by default every gene.
+
+    One data set is held out, as every corpus holds out some.
+    """
     soma = real_census(options)
-    corpus = soma.parent / "corpus"
+    corpus = soma.parent / "-".join(["corpus", *biotypes])
     if not (corpus / "shards" / "manifest.json").exists():
         selection = {
-            "quality": {"min_counts": 0, "min_genes": 0, "max_mito_fraction": 1.0, "max_mads": None},
-            "genes": {"biotypes": []},
+            "quality": {
+                **{"min_counts": 0, "min_genes": 0, "max_mito_fraction": 1.0, "max_mads": None},
+                **{"suspension_types": [], "primary_only": False},
+            },
+            "genes": {"biotypes": biotypes},
             "duplicates": "keep",
             "splits": {"unit": "dataset", "validation_fraction": 0.05},
         }
-        selection["quality"]["suspension_types"] = []
         Corpus(soma, corpus, selection).all()
     return corpus / "shards"

@@ -1,8 +1,9 @@
 """Curation of 1, 10 and 100 data sets of the large Census: memory, time, and cells per second against a bare scan.
 
-Every job of the corpus phase runs in a process of its own, two at a time. Before each pair of blocks, two processes read
-the same ranges of X and do nothing with the counts (`corpus_job.Run.scan`): the limit, with the same buffers, in the
-same minute. Speeds are of the jobs' own seconds, without the start of Python and its imports, which memory includes.
+Every job of the corpus phase runs in a process of its own, two at a time. Before each pair of blocks, two processes
+read the same ranges of X and do nothing with the counts (`corpus_job.Run.scan`): the limit, with the same buffers, in
+the same minute. Speeds are of the jobs' own seconds, without the start of Python and its imports, which memory
+includes.
 
 Thresholds are the config's defaults; 50,000 cells a block.
 """

@@ -4,6 +4,8 @@ Runs in the environment with the peers; cellmill's own loader is measured by the
 line of JSON. Every loader serves raw counts of shuffled batches as ragged rows (CSR), none makes them dense.
 """
 
+import gc
+import itertools
 import json
 import sys
 import time
@@ -20,60 +22,49 @@ from harness import forget, measured
 BATCH = 64
 WARMING = 3
 """Batches by which code is compiled and imported before anything is measured."""
+EPOCHS = 3
+"""At least so many are measured."""
 
 
-class Stream(NamedTuple):
-    """One epoch of a loader."""
+class Opened(NamedTuple):
+    """A loader over a store."""
 
-    batches: Iterator
+    epoch: Callable[[], Iterator]
+    """The batches of the next epoch."""
     nonzeros: Callable[[object], int]
     """Of a batch."""
     rows: Callable[[object], np.ndarray] | None
-    """Rows of the store (in the order of joinids) of a batch; None if the batch does not say, see `INDEXED`."""
+    """Rows of the store (in the order of joinids) of a batch; None if it does not say, see `batches_of_rows`."""
 
 
-def cellmill_loader(folder: Path, epoch: int, _: dict) -> Stream:
+def cellmill_loader(folder: Path, _: dict) -> Opened:
     from cellmill.shards.dataset import Shards
     from cellmill.shards.loader import Loader
 
     shards = Shards(folder / "shards")
     joinids = np.load(folder / "joinids.npy")
+    loader = Loader(shards, "train", BATCH, seed=0)  # endless, and reads ahead into the next epoch
+    batches = shards.n_cells("train") // BATCH
+    return Opened(
+        lambda: itertools.islice(loader, batches),
+        lambda cells: len(cells.genes),
+        lambda cells: np.searchsorted(joinids, cells.joinids),
+    )
 
-    def batches():
-        with Loader(shards, "train", BATCH, seed=epoch) as loader:
-            for _ in range(shards.n_cells("train") // BATCH):
-                yield next(loader)
 
-    return Stream(batches(), lambda cells: len(cells.genes), lambda cells: np.searchsorted(joinids, cells.joinids))
-
-
-def _scdataset(collection, fetch, epoch: int, settings: dict) -> Stream:
+def _scdataset(collection, settings: dict, **callbacks):
     from scdataset import BlockShuffling, scDataset
 
-    dataset = scDataset(
-        collection,
-        BlockShuffling(block_size=settings["block"]),
-        batch_size=BATCH,
-        fetch_factor=settings["fetch"],
-        fetch_callback=fetch,
-        seed=epoch,
-    )
-    return Stream(iter(dataset), lambda x: int(x.nnz), None)
+    strategy = BlockShuffling(block_size=settings["block"])
+    return scDataset(collection, strategy, BATCH, fetch_factor=settings["fetch"], seed=0, **callbacks)
 
 
-def scdataset_h5ad(folder: Path, epoch: int, settings: dict) -> Stream:
+def scdataset_h5ad(folder: Path, settings: dict) -> Opened:
     import anndata
 
     backed = anndata.read_h5ad(folder / "cells.h5ad", backed="r")
-    return _scdataset(backed, lambda adata, rows: adata.X[rows], epoch, settings)
-
-
-def scdataset_zarr(folder: Path, epoch: int, settings: dict) -> Stream:
-    import zarr
-    from anndata.io import sparse_dataset
-
-    x = Sized(sparse_dataset(zarr.open(folder / "cells.zarr", mode="r")["X"]))
-    return _scdataset(x, lambda sized, rows: sized.x[rows], epoch, settings)
+    dataset = _scdataset(backed, settings, fetch_callback=lambda adata, rows: adata.X[rows])
+    return Opened(lambda: iter(dataset), lambda x: int(x.nnz), None)
 
 
 class Sized:
@@ -89,12 +80,20 @@ class Sized:
         return self.x[rows]
 
 
-def tiledbsoma_ml(folder: Path, epoch: int, settings: dict) -> Stream:
+def scdataset_zarr(folder: Path, settings: dict) -> Opened:
+    import zarr
+    from anndata.io import sparse_dataset
+
+    dataset = _scdataset(Sized(sparse_dataset(zarr.open(folder / "cells.zarr", mode="r")["X"])), settings)
+    return Opened(lambda: iter(dataset), lambda x: int(x.nnz), None)
+
+
+def tiledbsoma_ml(folder: Path, settings: dict) -> Opened:
     import tiledbsoma
     from tiledbsoma_ml import ExperimentDataset
 
     joinids = np.load(folder / "joinids.npy")
-    # 100 MiB is tiledbsoma's default buffer; a buffer that holds a whole IO batch spares incomplete reads
+    # a buffer that holds a whole IO batch spares incomplete reads
     context = tiledbsoma.SOMATileDBContext(tiledb_config={"soma.init_buffer_bytes": settings["buffer_mb"] * 2**20})
     experiment = tiledbsoma.Experiment.open(str((folder / "soma").resolve()), context=context)
     query = experiment.axis_query("RNA", obs_query=tiledbsoma.AxisQuery(coords=(joinids,)))
@@ -104,120 +103,119 @@ def tiledbsoma_ml(folder: Path, epoch: int, settings: dict) -> Stream:
         batch_size=BATCH,
         io_batch_size=settings["io_batch"],
         shuffle_chunk_size=settings["chunk"],
-        seed=epoch,
+        seed=0,
         return_sparse_X=True,
         use_eager_fetch=settings["eager"],
     )
-    return Stream(
-        iter(dataset),
+    return Opened(
+        lambda: iter(dataset),
         lambda batch: int(batch[0].nnz),
         lambda batch: np.searchsorted(joinids, batch[1]["soma_joinid"].to_numpy()),
     )
 
 
-def bionemo_scdl(folder: Path, epoch: int, _: dict) -> Stream:
+def bionemo_scdl(folder: Path, _: dict) -> Opened:
     import torch
     from bionemo.scdl.io.single_cell_memmap_dataset import SingleCellMemMapDataset
     from bionemo.scdl.util.torch_dataloader_utils import collate_sparse_matrix_batch
     from torch.utils.data import DataLoader
 
-    dataset = SingleCellMemMapDataset(str(folder / "scdl"))
     loader = DataLoader(
-        dataset,
+        SingleCellMemMapDataset(str(folder / "scdl")),
         batch_size=BATCH,
         shuffle=True,
-        generator=torch.Generator().manual_seed(epoch),
+        generator=torch.Generator().manual_seed(0),
         collate_fn=collate_sparse_matrix_batch,
     )
-    return Stream(iter(loader), lambda x: x.values().numel(), None)
+    return Opened(lambda: iter(loader), lambda x: x.values().numel(), None)
 
 
-def scdataset_scdl(folder: Path, epoch: int, settings: dict) -> Stream:
+def scdataset_scdl(folder: Path, settings: dict) -> Opened:
     """scDataset over bionemo-scdl's arrays, a pair that scDataset's documentation names."""
     from bionemo.scdl.io.single_cell_memmap_dataset import SingleCellMemMapDataset
     from bionemo.scdl.util.torch_dataloader_utils import collate_sparse_matrix_batch
-    from scdataset import BlockShuffling, scDataset
 
-    dataset = scDataset(
+    dataset = _scdataset(
         SingleCellMemMapDataset(str(folder / "scdl")),
-        BlockShuffling(block_size=settings["block"]),
-        batch_size=BATCH,
-        fetch_factor=settings["fetch"],
+        settings,
         fetch_callback=lambda scdl, rows: [scdl[row] for row in rows],
         batch_callback=lambda cells, rows: collate_sparse_matrix_batch([cells[row] for row in rows]),
-        seed=epoch,
     )
-    return Stream(iter(dataset), lambda x: x.values().numel(), None)
+    return Opened(lambda: iter(dataset), lambda x: x.values().numel(), None)
 
 
 LOADERS = {
     "cellmill": cellmill_loader,
     "scDataset h5ad": scdataset_h5ad,
     "scDataset zarr": scdataset_zarr,
+    "scDataset scdl": scdataset_scdl,
     "tiledbsoma-ml": tiledbsoma_ml,
     "bionemo-scdl": bionemo_scdl,
-    "scDataset scdl": scdataset_scdl,
 }
 
 
-def epoch_of(loader: str, folder: Path, epoch: int, settings: dict, most: int | None = None) -> tuple[int, int]:
-    """Serve one epoch (or its first `most` batches); returns cells and nonzeros."""
-    stream = LOADERS[loader](folder, epoch, settings)
+def serve(opened: Opened, most: int | None = None) -> dict:
+    """Serve one epoch, or its first `most` batches, and count."""
     batches = nonzeros = 0
-    for batch in stream.batches:
-        batches += 1
-        nonzeros += stream.nonzeros(batch)
-        if batches == most:
-            break
-    return batches, nonzeros
+    with measured() as figures:
+        for batch in itertools.islice(opened.epoch(), most):
+            batches += 1
+            nonzeros += opened.nonzeros(batch)
+    return figures | {"batches": batches, "nonzeros": nonzeros}
 
 
 def speed(loader: str, folder: Path, settings: dict, mode: str, seconds: float) -> dict:
-    """Cells and nonzeros of whole epochs, and the time they took.
+    """Cells, nonzeros and time of an epoch.
 
-    ``cold`` is one epoch, opening included, right after the page cache has forgotten the store; ``warm`` is as many
-    epochs as `seconds` hold (at least one), after one that is not counted.
+    ``cold`` is the first epoch, opening included, right after the page cache has forgotten the store. ``warm`` is the
+    epoch of median time of as many as `seconds` hold (at least `EPOCHS`), after one that is not counted.
     """
-    n_cells = len(np.load(folder / "joinids.npy"))
-    epoch_of(loader, folder, 0, settings, most=WARMING)
-    total = {"cells": 0, "nonzeros": 0}
+    opened = LOADERS[loader](folder, settings)
+    serve(opened, WARMING)
     if mode == "cold":
+        del opened
+        gc.collect()
         forget(*(Path(path) for path in settings["store"]))
+        with measured() as figures:
+            epoch = serve(LOADERS[loader](folder, settings)) | {"epochs": 1}
+        epoch |= figures
     else:
-        epoch_of(loader, folder, 1, settings)
-    with measured() as figures:
-        began = time.perf_counter()
-        for epoch in range(2, 1000):
-            batches, nonzeros = epoch_of(loader, folder, epoch, settings)
-            total["cells"] += min(batches * BATCH, n_cells)
-            total["nonzeros"] += nonzeros
-            if mode == "cold" or time.perf_counter() - began >= seconds:
-                break
-    return total | figures
+        serve(opened)
+        began, epochs = time.perf_counter(), []
+        while len(epochs) < EPOCHS or time.perf_counter() - began < seconds:
+            epochs.append(serve(opened))
+        epochs.sort(key=lambda epoch: epoch["seconds"])
+        epoch = epochs[len(epochs) // 2] | {"epochs": len(epochs)}
+    return epoch | {"cells": min(epoch["batches"] * BATCH, len(np.load(folder / "joinids.npy")))}
 
 
-def mixing(loader: str, folder: Path, settings: dict) -> dict:
-    """Mean entropy (bits) of data set and cell type per batch over one epoch, and of an ideal random order."""
-    labels = np.load(folder / "labels.npz")
+def batches_of_rows(loader: str, folder: Path, settings: dict) -> list[np.ndarray]:
+    """The rows of each whole batch of an epoch."""
     n_cells = len(np.load(folder / "joinids.npy"))
-    if loader == "bionemo-scdl":  # DataLoader(shuffle=True): a permutation of all cells
+    if loader == "bionemo-scdl":  # DataLoader(shuffle=True) permutes all cells
         order = np.random.default_rng(0).permutation(n_cells)
         batches = [order[start : start + BATCH] for start in range(0, n_cells, BATCH)]
     elif loader.startswith("scDataset"):  # the same strategy over the rows' own numbers
-        batches = list(_scdataset(np.arange(n_cells), None, 2, settings).batches)
+        batches = list(_scdataset(np.arange(n_cells), settings))
     else:
-        stream = LOADERS[loader](folder, 2, settings)
-        batches = [stream.rows(batch) for batch in stream.batches]
-    batches = [batch for batch in batches if len(batch) == BATCH]
-    ideal = np.random.default_rng(1).permutation(n_cells)[: n_cells // BATCH * BATCH].reshape(-1, BATCH)
+        opened = LOADERS[loader](folder, settings)
+        batches = [opened.rows(batch) for batch in opened.epoch()]
+    return [batch for batch in batches if len(batch) == BATCH]
+
+
+def mixing(loader: str, folder: Path, settings: dict) -> dict:
+    """Mean entropy (bits) of data set and cell type per batch over one epoch, and of a random order of all cells."""
+    labels, batches = np.load(folder / "labels.npz"), batches_of_rows(loader, folder, settings)
+    n_cells = len(np.load(folder / "joinids.npy"))
+    random = np.random.default_rng(1).permutation(n_cells)[: n_cells // BATCH * BATCH].reshape(-1, BATCH)
     return {
-        name: {"ours": mean_entropy(labels[name], batches), "ideal": mean_entropy(labels[name], ideal)}
+        name: {"ours": mean_entropy(labels[name], batches), "random": mean_entropy(labels[name], random)}
         for name in labels
     }
 
 
 def mean_entropy(label_of_row: np.ndarray, batches) -> float:
-    """Mean Shannon entropy of a label over batches, in bits."""
+    """Mean Shannon entropy of a label over batches of rows, in bits."""
     entropies = []
     for batch in batches:
         share = np.unique(label_of_row[batch], return_counts=True)[1] / len(batch)

@@ -1,6 +1,6 @@
 """Pretraining and embedding on the demo's cells, one core: a step by part, validation, a saved state, embedding.
 
-Needs the shards of ``make demo``. Steps are in CPU seconds, which other work on the machine changes less than the clock.
+Needs the shards of ``make demo``. Steps are in CPU seconds, which other work on the machine changes little.
 """
 
 import json
