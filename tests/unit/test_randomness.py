@@ -1,7 +1,7 @@
 """Counter-based randomness: reproducible, independent of batching, uniform."""
 
 import numpy as np
-from cellmill.randomness import hash64, uniform
+from cellmill.randomness import below, hash64, next_key, uniform, unit
 
 
 def test_a_draw_depends_on_its_keys_alone():
@@ -15,6 +15,22 @@ def test_every_key_matters():
     base = hash64(1, "mask", 2, 3)
     others = [hash64(2, "mask", 2, 3), hash64(1, "bin", 2, 3), hash64(1, "mask", 3, 3), hash64(1, "mask", 3, 2)]
     assert all(base != other for other in others)
+
+
+def test_keys_may_be_hashed_one_after_the_other():
+    cells, genes = np.array([5, 5, 9]), np.array([3, 4, 3], np.int32)
+    state = hash64(1, "mask", cells)
+    assert np.array_equal(next_key(state, genes), hash64(1, "mask", cells, genes))
+    assert np.array_equal(state, hash64(1, "mask", cells))  # is left as it was
+    assert genes.tolist() == [3, 4, 3]
+
+
+def test_shares_of_integers_are_those_of_the_floats():
+    hashes = hash64("test", np.arange(100_000))
+    for share in (0.0, 0.15, 0.5, 1 / 3, 1.0):
+        assert np.array_equal(below(hashes, share), unit(hashes) < share)
+    edge = np.array([2**63 - 1, 2**63], np.uint64)
+    assert below(edge, 0.5).tolist() == [True, False]
 
 
 def test_draws_are_uniform_and_uncorrelated():

@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
-from cellmill import views
+from cellmill.randomness import hash64
+from cellmill.shards.batch import CellBatch
+from cellmill.views import ragged as views
+from cellmill.views import scgpt
 from model_cells import make_batch
 from shard_cells import real_cells
 
@@ -42,14 +45,42 @@ def test_descending_orders_from_large_to_small():
 
 
 def test_keep_first_and_select():
-    kept, offsets = views.keep_first(np.array([0, 3, 3, 4]), 2)
-    assert kept.tolist() == [True, True, False, True]
-    assert offsets.tolist() == [0, 2, 2, 3]
+    values, offsets = np.array([4, 5, 6, 7]), np.array([0, 3, 3, 4])
+    kept, kept_offsets = views.keep_first(offsets, 2)
+    assert values[kept].tolist() == [4, 5, 7]
+    assert kept_offsets.tolist() == [0, 2, 2, 3]
+    kept, kept_offsets = views.keep_first(offsets, np.array([1, 5, 0]))
+    assert values[kept].tolist() == [4]
+    assert kept_offsets.tolist() == [0, 1, 1, 1]
+    kept, kept_offsets = views.keep_first(offsets, 3)
+    assert values[kept].tolist() == values.tolist()
+    assert kept_offsets.tolist() == offsets.tolist()
     cells = views.select(make_batch([{1: 5, 4: 2, 6: 1}, {}, {4: 9}]), np.array([False, True, True, True]))
     assert cells.offsets.tolist() == [0, 2, 2, 3]
     assert cells.genes.tolist() == [4, 6, 4]
     assert cells.counts.tolist() == [2, 1, 9]
     assert cells.totals.tolist() == [8, 0, 9]
+
+
+def test_sums_and_places():
+    offsets = np.array([0, 0, 3, 3, 4, 4])
+    assert views.sum_within(offsets, np.array([250, 250, 1, 7], np.uint8)).tolist() == [0, 501, 0, 7, 0]
+    assert views.sum_within(np.array([0, 0]), np.zeros(0, np.uint8)).tolist() == [0]
+    assert views.place_within(offsets).tolist() == [0, 1, 2, 0]
+
+
+def test_hashes_of_genes_are_the_plain_ones(blood):
+    """Hashed once per cell and in blocks, a gene has the hash of all its keys."""
+    expected = hash64("purpose", 3, 4, blood.joinids[blood.cell_of], blood.genes)
+    assert len(expected) > 10 * 2**14
+    assert np.array_equal(views.hash_genes(blood, "purpose", 3, 4), expected)
+    index = np.array([5, 70_000, 2])
+    assert np.array_equal(views.hash_genes(blood, "purpose", 3, 4, index_M=index), expected[index])
+
+
+def test_log1p_cp10k(blood):
+    expected = np.log1p(blood.counts / blood.totals[blood.cell_of] * 1e4)
+    np.testing.assert_allclose(views.log1p_cp10k(blood), expected, rtol=3e-6)
 
 
 def test_pad():
@@ -58,18 +89,23 @@ def test_pad():
     assert views.pad(offsets, values, -1).tolist() == [[7, 8], [-1, -1], [9, -1]]
     assert views.pad(offsets, values, 0, before=1, after=1).tolist() == [[0, 7, 8, 0], [0, 0, 0, 0], [0, 9, 0, 0]]
     assert views.pad(np.array([0, 0]), np.empty(0, np.int64), 5).tolist() == [[5]]
+    assert views.pad(offsets, values, 0, dtype=np.float32).dtype == np.float32
     assert views.padded_index(offsets, 4, before=1).tolist() == [1, 2, 9]
+
+
+def random_order(cells, *keys):
+    return views.random_order(cells.offsets, views.hash_genes(cells, *keys))
 
 
 def test_random_order_is_a_shuffle_that_depends_on_the_cell_alone(blood):
     cells = blood.take(np.arange(40))
-    order = views.random_order(cells, "test", 3)
+    order = random_order(cells, "test", 3)
     assert np.array_equal(cells.cell_of[order], cells.cell_of)
     assert np.array_equal(np.sort(order), np.arange(len(order)))
     alone = cells.take([17])
     start, end = cells.offsets[17:19]
-    assert np.array_equal(views.random_order(alone, "test", 3), order[start:end] - start)
-    assert not np.array_equal(views.random_order(alone, "test", 4), order[start:end] - start)
+    assert np.array_equal(random_order(alone, "test", 3), order[start:end] - start)
+    assert not np.array_equal(random_order(alone, "test", 4), order[start:end] - start)
 
 
 def test_random_order_is_uniform(blood):
@@ -78,35 +114,42 @@ def test_random_order_is_uniform(blood):
     half = len(cell.genes) // 2
     hits = np.zeros(len(cell.genes))
     for step in range(400):
-        hits[views.random_order(cell, "test", step)[:half]] += 1
+        hits[random_order(cell, "test", step)[:half]] += 1
     # a binomial share has a standard error of 0.025; the extreme of about 2,000 stays within 5 of them
     assert np.abs(hits / 400 - half / len(hits)).max() < 0.125
 
 
-def test_quantiles_by_hand():
-    # sorted 1 1 2 5: positions 0, 1.5 and 3 of three edges; a cell of one value; an empty cell
-    edges = views.scaled_quantiles(np.array([0, 4, 5, 5]), np.array([5, 1, 2, 1, 4]), 3)
-    assert edges.tolist() == [[2, 3, 10], [8, 8, 8], [0, 0, 0]]
+def bins_by_sorting(counts: np.ndarray, n_edges: int) -> tuple[np.ndarray, np.ndarray]:
+    """Edges below each count of one cell, and up to it: quantiles times n_edges - 1, which are integers."""
+    ordered, steps = np.sort(counts.astype(np.int64)), n_edges - 1
+    whole, rest = np.divmod(np.arange(n_edges) * (len(counts) - 1), steps)
+    low, high = ordered[whole], ordered[np.minimum(whole + 1, len(counts) - 1)]
+    edges = low * steps + (high - low) * rest
+    np.testing.assert_allclose(edges / steps, np.quantile(counts, np.linspace(0, 1, n_edges)), rtol=1e-12)
+    return np.searchsorted(edges, counts * steps, "left"), np.searchsorted(edges, counts * steps, "right")
 
 
-def test_quantiles_are_numpys(blood):
-    edges = views.scaled_quantiles(blood.offsets, blood.counts, 50)
-    for cell in range(0, len(blood), 50):
-        counts = blood.counts[blood.offsets[cell] : blood.offsets[cell + 1]]
-        np.testing.assert_allclose(edges[cell] / 49, np.quantile(counts, np.linspace(0, 1, 50)), rtol=1e-12)
+@pytest.mark.parametrize("n_edges", [2, 5, 50, 333])
+def test_bins_without_sorting_are_those_of_the_quantiles(blood, n_edges):
+    """With the lowest and the highest draw a bin is the first after the edges below a count, and the last up to it."""
+    scaled = blood.take(np.arange(0, len(blood), 20))
+    rng = np.random.default_rng(0)
+    deep = scaled.counts * rng.choice([1, 1, 100, 3000], len(scaled.counts)).astype(np.int32)
+    for counts in (scaled.counts, deep):
+        cells = CellBatch(scaled.joinids, scaled.offsets, scaled.genes, counts, scaled.totals)
+        none = np.zeros(len(counts), np.uint64)
+        highest, lowest = (scgpt.bin_counts(cells, n_edges, none + np.uint64(h)) for h in (0, 2**32 - 1))
+        for cell in range(len(cells)):
+            span = slice(*cells.offsets[cell : cell + 2])
+            below, upto = bins_by_sorting(counts[span], n_edges)
+            assert np.array_equal(highest[span], upto)
+            assert np.array_equal(lowest[span], np.minimum(below + 1, upto))
+    assert (deep >= 255).mean() > 0.3
 
 
-def test_digitise_by_hand():
-    offsets = np.array([0, 3, 4])
-    below, upto = views.digitise(offsets, np.array([2, 3, 9, 4]), np.array([[2, 3, 3], [4, 4, 5]]))
-    assert below.tolist() == [0, 1, 3, 0]
-    assert upto.tolist() == [1, 3, 3, 2]
-
-
-def test_digitise_is_searchsorted(blood):
-    edges = views.scaled_quantiles(blood.offsets, blood.counts, 50)
-    below, upto = views.digitise(blood.offsets, blood.counts * 49, edges)
-    for cell in range(0, len(blood), 50):
-        span = slice(*blood.offsets[cell : cell + 2])
-        assert np.array_equal(below[span], np.searchsorted(edges[cell], blood.counts[span] * 49, "left"))
-        assert np.array_equal(upto[span], np.searchsorted(edges[cell], blood.counts[span] * 49, "right"))
+def test_bins_of_small_and_empty_cells():
+    cells = make_batch([{}, {3: 7}, {}, {1: 300}, {1: 1000, 2: 300, 5: 2}, {}])
+    zero = np.zeros(5, np.uint64)
+    assert scgpt.bin_counts(cells, 3, zero).tolist() == [3, 3, 3, 2, 1]
+    assert scgpt.bin_counts(cells, 3, zero + np.uint64(2**32 - 1)).tolist() == [1, 1, 3, 2, 1]
+    assert len(scgpt.bin_counts(make_batch([{}]), 3, zero[:0])) == 0
