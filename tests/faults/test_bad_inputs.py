@@ -24,7 +24,7 @@ from workflow_runs import ROOT, Workflow
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]
 
 PLAN = "results/tiny/selections/corpus/plan.parquet"
-VOCABULARY = "results/tiny/vocabulary.parquet"
+VOCABULARY = "results/tiny/vocabulary/homo_sapiens.parquet"
 BLOCK = "results/tiny/selections/corpus/blocks/0.parquet"
 CENSUS = "results/tiny/census/soma"
 SHARDS = "results/tiny/shards/corpus"
@@ -84,7 +84,10 @@ def one_model(folder: Path, census: Path) -> Workflow:
         ({"seeds": [0.5]}, r"'seeds\.0' is 0\.5: .*see docs/config\.md"),
         ({"census": {"source": "local", "path": "/no/census"}}, r"census\.path is '/no/census', which is no folder"),
         ({"census": {"source": "h5ad", "path": "/no/h5ads"}}, r"'/no/h5ads', .*name the folder of \.h5ad files"),
-        ({"census": {"gene_table": "/no/genes.csv"}}, r"census\.gene_table is '/no/genes\.csv', which is no file"),
+        (
+            {"census": {"gene_tables": {"homo_sapiens": "/no/genes.csv"}}},
+            r"census\.gene_tables\.homo_sapiens is '/no/genes\.csv', which is no file",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -296,11 +299,12 @@ def test_missing_and_empty_folder_then_mended(folder, demo_census, tmp_path):
 
 def test_truncated_h5ad_in_the_workflow(folder, demo_census, tmp_path):
     workflow = one_model(tmp_path, demo_census.soma)
-    workflow.config["census"] |= {"source": "h5ad", "path": str(folder), "gene_table": str(demo_census.genes)}
+    workflow.config["census"] |= {"source": "h5ad", "path": str(folder)}
     (workflow.results / "census").mkdir(parents=True)
     shutil.copytree(demo_census.wheels, workflow.results / "census" / "wheels", copy_function=os.link)
     (workflow.results / "census" / "wheels").touch()  # a folder older than the script would be fetched again
-    shutil.copy(demo_census.genes, workflow.results / "census")
+    (workflow.results / "census" / "genes").mkdir()
+    shutil.copy(demo_census.genes, workflow.results / "census" / "genes" / "homo_sapiens.csv.gz")
     good = (folder / "b.h5ad").read_bytes()
     truncated(folder / "b.h5ad")
     before = contents(workflow.results)
