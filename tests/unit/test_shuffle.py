@@ -155,6 +155,10 @@ def test_reading_a_block_alone(all_cells, tmp_path):
     rows = np.searchsorted(cells.joinids, got.joinids)
     assert same_cells(got, cells.take(rows))
     assert got_obs["library"].to_pylist() == nulls["library"].take(rows).to_pylist()
+    some = obs.slice(0, 20).set_column(obs.column_names.index("library"), "library", pa.nulls(20))
+    with BlockWriter(tmp_path / "nulls.blk", ORDER) as nothing_known:
+        nothing_known.write(cells.slice(0, 20), some, "train")
+    assert read_block(tmp_path / "nulls.blk", ORDER)[1]["library"].null_count == 20
     block = Block(path, ORDER)
     assert block.n_cells.sum() == len(cells)
     assert block.n_genes == cells.genes.max() + 1
