@@ -256,8 +256,8 @@ def test_leaks_are_named(tmp_path):
     pq.write_table(table, tmp_path / "leaks.parquet")
     found = twins.leaks_section(tmp_path / "leaks.parquet")
     assert found["finding"] == (
-        "1 cells of the corpus had the profile of a benchmark's cell and were left out; 1.0 % of the cells are too "
-        "shallow to tell."
+        "Cells of the corpus that had the profile of a benchmark's cell, and were left out: 1; 1.0 % of the cells "
+        "are too shallow to tell."
     )
     assert found["pairs"][0]["dataset_id"] == "thief"
     assert found["named"][0]["benchmark_observation_joinid"] == "b1"
@@ -333,7 +333,7 @@ def test_notes_on_what_needs_a_word():
     counts, primary, empty = corpus.dropped_notes(plan, removed)
     assert "floats (50 cells)" in counts
     assert primary.startswith("is_primary_data removed 80 of 150 selected cells (53.3 %), most in copies (80.0 %")
-    assert empty == "No cell is left of 1 data sets: floats."
+    assert empty == "No cell is left of these data sets: floats."
 
 
 CHOOSE = """

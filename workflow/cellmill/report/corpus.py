@@ -107,9 +107,10 @@ def headline(plans: list[dict], opened: list[Shards], removed: dict[str, list], 
     datasets = sum(len([entry for entry in removed[name] if entry.kept]) for name in corpora)
     totals = [shards.manifest["totals"] for shards in opened]
     cells, nonzeros, size = (sum(total[key] for total in totals) for key in ("cells", "nonzeros", "bytes"))
+    kept = share(cells / max(selected, 1)).replace(" ", "\u00a0")
     organisms = _listed([plan["organism"].replace("_", " ") for plan in plans])
     return (
-        f"The corpus keeps {cells:,} of {selected:,} selected cells ({share(cells / max(selected, 1))}) from "
+        f"The corpus keeps {cells:,} of {selected:,} selected cells ({kept}) from "
         f"{datasets:,} data set{'' if datasets == 1 else 's'} of {organisms}: {in_words(nonzeros)} nonzeros, "
         f"{size / max(nonzeros, 1):.2f} bytes each on disk."
     )
@@ -187,7 +188,7 @@ def dropped_notes(plan: dict, removed: list[quality.Removed]) -> list[str]:
     empty = [entry.dataset for entry in removed if not entry.kept and not entry.by_rule.get("held_out")]
     if empty:
         more = f" and {len(empty) - 10:,} more" if len(empty) > 10 else ""
-        notes.append(f"No cell is left of {len(empty):,} data sets: {', '.join(empty[:10])}{more}.")
+        notes.append(f"No cell is left of these data sets: {', '.join(empty[:10])}{more}.")
     return notes
 
 

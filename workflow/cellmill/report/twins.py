@@ -90,7 +90,7 @@ def _leaks_finding(n: int, compared: list[dict]) -> str | None:
     cells = sum(entry["cells"] for entry in compared)
     shallow = _shallow({key: sum(entry[key] for entry in compared) for key in ("cells", "not_comparable")})
     if n:
-        return f"{n:,} cells of the corpus had the profile of a benchmark's cell and were left out{shallow}."
+        return f"Cells of the corpus that had the profile of a benchmark's cell, and were left out: {n:,}{shallow}."
     return f"No benchmark cell is in the corpus, by the profiles of {cells:,} cells{shallow}."
 
 
