@@ -1,8 +1,13 @@
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 from cellmill.errors import CellmillError
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.dataset import Shards
@@ -153,6 +158,82 @@ def test_an_error_of_the_thread_reaches_the_caller_and_the_thread_ends(shards, m
         with pytest.raises(CellmillError, match="shard is corrupt"):
             take(loader, 60)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("fault", ["a flipped byte", "contradicting columns", "a missing file"])
+def test_a_damaged_shard_is_named_to_the_caller(all_cells, tmp_path, fault):
+    cells, obs = all_cells
+    folder = write_shards(tmp_path / "s", {"train": all_cells}, n_genes=33_538, cells_per_shard=300, row_group=32)
+    shards, path = Shards(folder), folder / "train-00001.parquet"
+    if fault == "a flipped byte":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        said = r"train-00001\.parquet is corrupt"
+    elif fault == "contradicting columns":
+        table = pq.read_table(path)
+        wrong = pa.array(np.asarray(table["n_genes"]) + (np.arange(len(table)) == 200), pa.int32())
+        place = table.schema.names.index("n_genes")
+        table = table.set_column(place, table.schema.field("n_genes"), wrong)
+        pq.write_table(table, path, row_group_size=32)
+        said = r"train-00001\.parquet is corrupt: the lengths of genes, counts and n_genes differ"
+    else:
+        path.unlink()
+        said = r"train-00001\.parquet does not exist"
+    before = threading.active_count()
+    with Loader(shards, "train", 32, seed=0) as loader:
+        for _ in range(2):  # asked again, it says so again and skips nothing
+            with pytest.raises(CellmillError, match=said):
+                take(loader, 2 * N // 32)
+            state = loader.state_dict()
+        assert loader.state_dict() == state
+    assert threading.active_count() == before
+
+
+def test_many_threads_read_the_same(shards):
+    def stream(threads):
+        with Loader(shards, "train", 64, seed=1, threads=threads) as loader:
+            return joinids(take(loader, 40))
+
+    assert np.array_equal(stream(1), stream(7))
+    with pytest.raises(CellmillError, match="cannot read with 0 threads"):
+        Loader(shards, "train", 64, seed=1, threads=0)
+
+
+def test_batches_are_as_mixed_as_random_ones(data):
+    """The shards' order is random, as a corpus's is; entropy of cell types in a batch, in bits."""
+    cells, obs = real_cells(data, "baron_h1")
+    types = np.unique(obs["cell_type"].to_pylist(), return_inverse=True)[1]
+    assert types.max() > 3
+
+    def entropy(rows):
+        share = np.bincount(types[rows]) / len(rows)
+        share = share[share > 0]
+        return -(share * np.log2(share)).sum()
+
+    order = np.random.default_rng(0).permutation(len(cells))
+    with tempfile.TemporaryDirectory() as folder:
+        splits = {"train": (cells.take(order), obs.take(order))}
+        folder = write_shards(Path(folder) / "s", splits, n_genes=20_125, cells_per_shard=500, row_group=16)
+        with Loader(Shards(folder), "train", 64, seed=0) as loader:
+            served = [entropy(batch.joinids) for batch in take(loader, 4 * len(cells) // 64)]
+    rng = np.random.default_rng(1)
+    ideal = [entropy(rng.permutation(len(cells))[:64]) for _ in range(400)]
+    assert np.mean(served) == pytest.approx(np.mean(ideal), rel=0.02)
+
+
+def test_torch_takes_the_loader_as_a_data_set(shards):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(loader)
+
+    with Loader(shards, "train", 64, seed=1) as loader:
+        expected = take(loader, 3)
+        loader.load_state_dict({"epoch": 0, "position": 0})
+        served = iter(
+            torch.utils.data.DataLoader(Stream(), batch_size=None, num_workers=0, collate_fn=lambda cells: cells)
+        )
+        assert all(same_cells(next(served), batch) for batch in expected)
 
 
 def test_a_forgotten_loader_ends_its_thread(shards):

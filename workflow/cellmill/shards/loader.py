@@ -97,10 +97,16 @@ class _Window:
             raise
 
     def _decode(self, rows_B: np.ndarray, where: str) -> CellBatch:
-        index = pa.array(rows_B)
-        columns = [pa.array(values_W[rows_B]) for values_W in self._numbers.values()]
+        index = _column(rows_B)
+        columns = [_column(values_W[rows_B]) for values_W in self._numbers.values()]
         columns += [values_W.take(index) for values_W in self._packed.values()]
         return decode_cells(pa.Table.from_arrays(columns, [*FROM_CELLS, *PACKED]), where, self._n_genes)
+
+
+def _column(values_B: np.ndarray) -> pa.Array:
+    """Integers for Arrow, whose own way to take them would import pandas."""
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(values_B))]
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values_B.dtype), len(values_B), buffers)
 
 
 class Loader:
