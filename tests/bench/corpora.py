@@ -19,15 +19,20 @@ OBS_COLUMNS = {"cell_type": ["celltype", "trueLabel", "cellType", "cell_line_dem
 """Columns of the real files that hold cell types."""
 
 
-def cached(options: Options, name: str) -> Path:
-    """A folder for what is built once; those of other versions of the code are removed."""
-    from cellmill.provenance import code_version
+CENSUS_CODE = ("build_census",)
+CORPUS_CODE = (*CENSUS_CODE, "plan_cells", "vocabulary", "curate_block", "duplicates", "shuffle_part", "shards")
+"""Scripts of the workflow whose code makes a Census, and a corpus of it."""
 
-    version = code_version("build_census")
-    for old in options.folder.glob(f"{name}-*"):
-        if old.name != f"{name}-{version}":
+
+def cached(options: Options, name: str, scripts: tuple[str, ...] = CENSUS_CODE) -> Path:
+    """A folder for what is built once; those of other versions of the code are removed."""
+    from cellmill.provenance import code_version, content_hash
+
+    folder = options.folder / f"{name}.{content_hash([code_version(script) for script in scripts])}"
+    for old in options.folder.glob(f"{name}.*"):
+        if old.is_dir() and old != folder:
             shutil.rmtree(old)
-    return options.folder / f"{name}-{version}"
+    return folder
 
 
 def fetched(options: Options) -> tuple[Path, Path]:
@@ -125,7 +130,7 @@ def real_corpus(options: Options, *biotypes: str) -> Path:
     One data set is held out, as every corpus holds out some.
     """
     soma = real_census(options)
-    corpus = soma.parent / "-".join(["corpus", *biotypes])
+    corpus = cached(options, "-".join(["corpus-real", *biotypes]), CORPUS_CODE)
     if not (corpus / "shards" / "manifest.json").exists():
         selection = {
             "quality": {

@@ -87,7 +87,7 @@ def write_stores(shards_folder: Path, soma: Path, folder: Path) -> None:
 def measure(options: Options) -> list[Row]:
     """Speed of every loader, cold and warm, and how well it mixes."""
     corpus = real_corpus(options)
-    folder = corpus.parent / "stores"
+    folder = options.folder / "stores"
     write_stores(corpus, real_census(options), folder)
     rows, core = [], last_core()
     try:
