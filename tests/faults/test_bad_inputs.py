@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]
 
 PLAN = "results/tiny/selections/corpus/plan.parquet"
 VOCABULARY = "results/tiny/vocabulary/homo_sapiens.parquet"
-BLOCK = "results/tiny/selections/corpus/blocks/0.parquet"
+BLOCK = "results/tiny/selections/corpus/blocks/0.arrow"
 CENSUS = "results/tiny/census/soma"
 SHARDS = "results/tiny/shards/corpus"
 TARGET_SHARDS = "results/tiny/shards/baron_pancreas"

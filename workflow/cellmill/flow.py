@@ -78,7 +78,7 @@ class Flow:
 
     def blocks(self, wildcards) -> list[str]:
         """The curated blocks of a selection."""
-        return self._per_block(wildcards.cells, "blocks/{}.parquet")
+        return self._per_block(wildcards.cells, "blocks/{}.arrow")
 
     def block_qcs(self, wildcards) -> list[str]:
         """The per-cell quality control of the blocks of a selection."""

@@ -36,7 +36,7 @@ rule curate_block:
         doublets=flow.doublets,
         shown=ancient("results/{run}/plan.txt"),
     output:
-        cells="results/{run}/selections/{cells}/blocks/{block}.parquet",
+        cells="results/{run}/selections/{cells}/blocks/{block}.arrow",
         qc="results/{run}/selections/{cells}/blocks/{block}.qc.parquet",
         prints="results/{run}/selections/{cells}/blocks/{block}.prints.parquet",
     log:
