@@ -482,7 +482,7 @@ def _described(counts: dict[str, int]) -> dict:
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, pre_buffer=False)  # buffered, the whole file would stay in memory
     except (OSError, pa.ArrowInvalid) as error:
         reason = str(error).splitlines()[0]
         raise CellmillError(

@@ -122,6 +122,11 @@ class Flow:
         folder = f"{self.results}/selections/{cells}"
         return [f"{folder}/{pattern.format(block)}" for block in range(self._n_blocks(cells))]
 
+    def templates(self, wildcards=None) -> list[str]:
+        """What pages are made of, beside code."""
+        parts = (PROJECT / "workflow" / "report").iterdir()
+        return sorted(str(path) for path in parts if path.suffix in (".html", ".css", ".js"))
+
     def genes_mapping(self, wildcards) -> list[str]:
         """What the genes of a private Census were mapped to; nothing for a Census that was not built here."""
         built_here = self.config.census.source in ("demo", "h5ad")

@@ -26,10 +26,7 @@ rule corpus_page:
         ),
         mapping=flow.genes_mapping,
         orthologs=flow.orthologs,
-        templates=expand(
-            f"{PROJECT}/workflow/report/page.{{part}}",
-            part=["html", "css", "js"],
-        ),
+        templates=flow.templates,
     output:
         report(
             "results/{run}/report/corpus.html",
@@ -72,10 +69,7 @@ rule write_report:
         vocabulary=flow.vocabulary,
         corpus_page="results/{run}/report/corpus.html",
         mapping=flow.genes_mapping,
-        templates=expand(
-            f"{PROJECT}/workflow/report/page.{{part}}",
-            part=["html", "css", "js"],
-        ),
+        templates=flow.templates,
     output:
         report(
             "results/{run}/report/index.html",

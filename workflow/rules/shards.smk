@@ -15,7 +15,6 @@ rule score_doublets:
     conda:
         "../../envs/corpus.yaml"
     resources:
-        mem_mb=4000,
         soma_buffer=flow.config.census.buffer_mb,
     params:
         census=flow.opened_census,

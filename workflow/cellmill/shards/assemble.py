@@ -161,7 +161,7 @@ def _rows_of(block_qcs: list[Path]) -> Iterator[pa.Table]:
     """The blocks' rows in order, `ROWS` at a time whatever the blocks are; the last table may be smaller, or empty."""
     waiting = None
     for path in block_qcs:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False) as file:  # buffered, the whole file would stay in memory
             for batch in file.iter_batches(ROWS, use_threads=False):
                 table = _plain(pa.Table.from_batches([batch]))
                 waiting = table if waiting is None else pa.concat_tables([waiting, table])
