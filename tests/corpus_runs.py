@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from cellmill.census.plan import plan_cells
+from cellmill.census.vocabulary import build_vocabulary
 from cellmill.config import Census, Corpus, Dataset, Splits
 from cellmill.duplicates import find_duplicates
 from cellmill.shards.assemble import assemble
 from cellmill.shards.curate import curate_block
 from cellmill.shards.shuffle import shuffle_part
-from cellmill.vocabulary import Vocabulary, build_vocabulary
+from cellmill.vocabulary import Vocabulary
 
 ORGANISM = "homo_sapiens"
 PANCREAS = Dataset(include={"dataset_id": ["baron_pancreas"]}, batch="library")

@@ -14,12 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from cellmill.census.plan import plan_cells
 from cellmill.census.read import open_census
+from cellmill.census.vocabulary import build_vocabulary
 from cellmill.config import Census, Corpus
 from cellmill.duplicates import find_duplicates
 from cellmill.shards.assemble import assemble
 from cellmill.shards.curate import curate_block
 from cellmill.shards.shuffle import shuffle_part
-from cellmill.vocabulary import Vocabulary, build_vocabulary
+from cellmill.vocabulary import Vocabulary
 from harness import measured
 
 

@@ -18,13 +18,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import tiledbsoma as soma
+from cellmill.census.vocabulary import is_ribosomal
 from cellmill.config import AssayQuality, Quality
 from cellmill.errors import CellmillError
 from cellmill.fingerprints import PRINTS, comparable_groups, fingerprints
 from cellmill.shards import curate, kernels
 from cellmill.shards.order import Order
 from cellmill.shards.shuffle import read_block
-from cellmill.vocabulary import Vocabulary, is_ribosomal
+from cellmill.vocabulary import Vocabulary
 from corpus_runs import PANCREAS, corpus
 from scipy.sparse import csr_matrix
 

@@ -77,7 +77,7 @@ def versions() -> dict[str, str]:
         ("embed_baseline", {"embed.py", "tasks/baselines.py", "tasks/controls.py", "methods.py", "files.py"}),
         ("embed_untrained", {"shards/statistics.py", "checkpoints.py", "models/__init__.py"}),
         ("statistics", {"models/base.py", "shards/statistics.py"}),
-        ("pretrain", {"vocabulary.py", "evaluate_loss.py", "shards/loader.py", "census/read.py"}),
+        ("pretrain", {"vocabulary.py", "evaluate_loss.py", "shards/loader.py"}),
         ("build_census", {"census/wheels.py", "census/ontology.py", "files.py"}),
         ("shards", {"splits.py", "qc.py", "__init__.py"}),
         ("write_report", {"report/charts.py", "report/page.py", "scores.py"}),

@@ -6,10 +6,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cellmill.census.vocabulary import build_vocabulary, choose_genes, is_mitochondrial, is_ribosomal
 from cellmill.config import Census, Genes
 from cellmill.errors import CellmillError
 from cellmill.fingerprints import GENES_PER_GROUP, GROUPS
-from cellmill.vocabulary import Vocabulary, build_vocabulary, choose_genes, is_mitochondrial, is_ribosomal
+from cellmill.vocabulary import Vocabulary
 
 VAR = pa.table(
     {

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from cellmill.census.vocabulary import build_vocabulary
 from cellmill.config import Census, Genes
 from cellmill.job import job
-from cellmill.vocabulary import build_vocabulary
 
 with job(snakemake.log[0]):
     build_vocabulary(

@@ -21,6 +21,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from cellmill.census.read import open_census, suggest
+from cellmill.census.vocabulary import is_mitochondrial, is_ribosomal
 from cellmill.config import Census, Quality
 from cellmill.errors import CellmillError
 from cellmill.files import atomic
@@ -32,7 +33,7 @@ from cellmill.shards.batch import CellBatch
 from cellmill.shards.format import OBS_STRINGS
 from cellmill.shards.order import Order
 from cellmill.shards.writer import BlockWriter
-from cellmill.vocabulary import Vocabulary, is_mitochondrial, is_ribosomal
+from cellmill.vocabulary import Vocabulary
 
 TILE = 2048
 """Rows of a tile of X in the Census: reads that end at tile edges decompress no tile twice."""
