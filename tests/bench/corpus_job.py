@@ -92,7 +92,7 @@ class Run:
             quality=self.selection.quality,
             extra_obs=[],
             doublets=[],
-            out=self.block_files(".parquet")[block],
+            out=self.block_files(".arrow")[block],
             qc=self.block_files(".qc.parquet")[block],
             prints=self.block_files(".prints.parquet")[block],
         )
@@ -106,7 +106,7 @@ class Run:
         (self.folder / "parts").mkdir(exist_ok=True)
         shuffle_part(
             summary=self.summary,
-            blocks=self.block_files(".parquet"),
+            blocks=self.block_files(".arrow"),
             removed=[self.copies] if self.selection.duplicates == "drop" else [],
             part=part,
             parts=len(self.block_files("")),

@@ -17,6 +17,8 @@ from typing import Literal
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PINS = ROOT / "envs" / "bench.txt"
+HANGS = 3600
+"""Seconds after which a child is taken to hang."""
 COLD = "cold: posix_fadvise(DONTNEED) on every file of the data"
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 
@@ -213,19 +215,23 @@ def child(script: str, *given, python: Path | str = sys.executable, core: int | 
     Raises
     ------
     RuntimeError
-        If it fails, with the last lines that it wrote on standard error.
+        If it takes longer than `HANGS`, or fails, with the last lines that it wrote on standard error.
     """
     if not Path(python).exists():
         raise RuntimeError(f"{python} does not exist; `make .venv-bench/.ready` makes it")
     words = [word if isinstance(word, str) else json.dumps(word, default=str) for word in given]
-    done = subprocess.run(
-        [str(python), str(HERE / script), *words],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | (ONE_THREAD if core is not None else {}),
-        preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, {core}),
-    )
+    try:
+        done = subprocess.run(
+            [str(python), str(HERE / script), *words],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=HANGS,
+            env=os.environ | (ONE_THREAD if core is not None else {}),
+            preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, {core}),
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{script} {' '.join(words)[:80]} was ended after {HANGS} s") from error
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()][-3:]
         raise RuntimeError(f"{script} {' '.join(words)[:80]} ended with status {done.returncode}: {' '.join(last)}")

@@ -131,7 +131,7 @@ def test_exponent_and_limits_of_curation(bench):
 
     for power, passes in ((1.0, True), (1.2, False)):
         rows = curation.rows_of({cells: jobs(cells, power) for cells in (100, 1000, 10000)})
-        found = {row.what: row for row in rows}
+        found = {row.what: row for row in rows if row.unit != "cells/CPU s"}
         assert found["exponent of time, all sizes"].ours == pytest.approx(power)
         assert found["exponent of time, two largest"].passes is passes
         assert found["10,000 cells: curate_block"].ratio == pytest.approx(1)
