@@ -69,6 +69,13 @@ def test_sums_and_places():
     assert views.place_within(offsets).tolist() == [0, 1, 2, 0]
 
 
+def test_join():
+    parts = [np.array([0, 2, 2]), np.array([0, 0, 1]), np.array([0, 1, 2])]
+    offsets, places = views.join(parts)
+    assert offsets.tolist() == [0, 3, 5]
+    assert [place.tolist() for place in places] == [[0, 1], [3], [2, 4]]
+
+
 def test_hashes_of_genes_are_the_plain_ones(blood):
     """Hashed once per cell and in blocks, a gene has the hash of all its keys."""
     expected = hash64("purpose", 3, 4, blood.joinids[blood.cell_of], blood.genes)

@@ -201,7 +201,7 @@ def test_scfoundation_masks_at_the_published_rates(blood):
         seen = dict(zip(cells.genes[span][left].tolist(), np.log1p(counts[span][left] * scale), strict=True))
         shown = dict(zip(*encoded, strict=True))
         assert encoded[0][-2:] == [n_genes, n_genes + 1]
-        assert encoded[0] == sorted(encoded[0])
+        assert len(shown) == len(encoded[0])
         assert encoded[1][-2:] == pytest.approx([np.log10(cells.totals[row]), np.log10(totals[row])], rel=1e-6)
         masked = {gene: hide for part in (nonzero, zero) for gene, hide in zip(*part[:2], strict=True)}
         assert set(nonzero[0]) <= set(seen)

@@ -137,6 +137,26 @@ def select(cells: CellBatch, kept_N: np.ndarray) -> CellBatch:
     return CellBatch(cells.joinids, offsets, cells.genes[index_M], cells.counts[index_M], cells.totals)
 
 
+def join(parts: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Where the values of ragged arrays go if each cell's are put one after the other, array after array.
+
+    Parameters
+    ----------
+    parts
+        Offsets of each array, int64 [B + 1].
+
+    Returns
+    -------
+    int64 [B + 1], the offsets of the whole; for each array int64 [N], the place of each of its values.
+    """
+    offsets = sum(parts)
+    begin_B, places = offsets[:-1], []
+    for part in parts:
+        places.append(np.arange(part[-1]) + spread(begin_B - part[:-1], part))
+        begin_B = begin_B + np.diff(part)
+    return offsets, places
+
+
 def pad(offsets: np.ndarray, values_N: np.ndarray, fill, *, before: int = 0, after: int = 0, dtype=None) -> np.ndarray:
     """Right-padded matrix of ragged values.
 

@@ -1,8 +1,8 @@
 """scFoundation's view: log1p(CP10k) of a cell's nonzero genes and two depth tokens; thinned counts, masked positions.
 
-The encoder reads the nonzero values that are not hidden, in gene order, and last the tokens T (target depth) and S
-(source depth): log10 of total counts. The decoder has a position for every gene; it is told which are hidden, and
-predicts the raw cell's value at all masked ones. A gene that stands in neither list is a zero that is seen.
+The encoder reads the nonzero values that are not hidden, and last the tokens T (target depth) and S (source depth):
+log10 of total counts. The decoder has a position for every gene; it is told which are hidden, and predicts the raw
+cell's value at all masked ones. A gene that stands in neither list is a zero that is seen.
 
 Read-depth-aware training: half of the cells are thinned. Every molecule is kept with a probability b, one per cell,
 from Beta(2, 2), so a count becomes a binomial number; S is the thinned cell's depth, T and the targets are the raw
@@ -22,14 +22,15 @@ import numpy as np
 
 from cellmill.randomness import below, hash64, next_key
 from cellmill.shards.batch import CellBatch
-from cellmill.views.ragged import Genes, hash_genes, log1p_cp10k, offsets_of, place_within, spread, sum_within
+from cellmill.views.ragged import Genes, hash_genes, join, log1p_cp10k, offsets_of, place_within, spread, sum_within
 
 NONZERO_RATE, ZERO_RATE = 0.3, 0.03
 HIDDEN_SHARE, RANDOM_SHARE = 0.8, 0.1
 THINNED_SHARE = 0.5
 MIN_COUNTS = 1000
 """Cells with fewer counts are never thinned."""
-_LANES = np.array([0x0101010101010101 >> 8 * (8 - n) if n else 0 for n in range(9)] + [0], np.uint64)
+_LANES = np.array([0x0101010101010101 % 256**n for n in range(9)], np.uint64)
+"""n bytes of 1."""
 _NONZERO, _GONE = 1, 2
 """A gene of a cell that the input has, and one of which thinning took all molecules."""
 
@@ -38,7 +39,7 @@ class Encoded(NamedTuple):
     """What the encoder reads."""
 
     genes: Genes
-    """Ascending; the last two of each cell are T and S."""
+    """Ascending, then zeros that show a value, if any; the last two of each cell are T and S."""
     values: np.ndarray
     """float32 [N]."""
 
@@ -75,8 +76,11 @@ def embed(cells: CellBatch, *, n_genes: int, target_counts: np.ndarray | None = 
         [B], the depth that T asks for; by default the cell's own.
     """
     target_counts = cells.totals if target_counts is None else target_counts
-    genes = Genes(cells.joinids, cells.offsets, cells.genes)
-    return _with_depths(genes, log1p_cp10k(cells), n_genes, target_counts, cells.totals)
+    offsets, (at_genes, at_depths) = join([cells.offsets, 2 * np.arange(len(cells) + 1)])
+    genes_N, values_N = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
+    genes_N[at_genes], values_N[at_genes] = cells.genes, log1p_cp10k(cells)
+    genes_N[at_depths], values_N[at_depths] = _depths(n_genes, target_counts, cells.totals)
+    return Encoded(Genes(cells.joinids, offsets, genes_N), values_N)
 
 
 def pretrain(cells: CellBatch, *, n_genes: int, seed: int, step: int | None) -> MaskedCells:
@@ -114,12 +118,14 @@ def pretrain(cells: CellBatch, *, n_genes: int, seed: int, step: int | None) -> 
     zeros = Masked(genes, hidden_M, targets_M)
 
     # a zero that shows a random value is read by the encoder like a nonzero
-    at = np.searchsorted(position_N[shown], position_M[random_R])
-    extra_B = np.bincount(np.searchsorted(offsets, random_R, side="right") - 1, minlength=len(cells))
-    offsets = np.searchsorted(shown, seen.offsets) + offsets_of(extra_B)
-    genes = Genes(cells.joinids, offsets, np.insert(seen.genes[shown], at, genes.genes[random_R]))
-    values_N = np.insert(values_N[shown], at, value_R)
-    return MaskedCells(_with_depths(genes, values_N, n_genes, cells.totals, totals_B), nonzeros, zeros)
+    shown_offsets = np.searchsorted(shown, seen.offsets)
+    zero_offsets = np.searchsorted(random_R, offsets)
+    offsets, (at_nonzeros, at_zeros, at_depths) = join([shown_offsets, zero_offsets, 2 * np.arange(len(cells) + 1)])
+    genes_N, out_N = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
+    genes_N[at_nonzeros], out_N[at_nonzeros] = seen.genes[shown], values_N[shown]
+    genes_N[at_zeros], out_N[at_zeros] = genes.genes[random_R], value_R
+    genes_N[at_depths], out_N[at_depths] = _depths(n_genes, cells.totals, totals_B)
+    return MaskedCells(Encoded(Genes(cells.joinids, offsets, genes_N), out_N), nonzeros, zeros)
 
 
 def _show(
@@ -148,25 +154,18 @@ def _zero_draws(joinids_B: np.ndarray, n_genes: int, *keys) -> np.ndarray:
     """
     n_draws = round(np.log1p(-ZERO_RATE) / np.log1p(-1 / n_genes)) if n_genes > 1 else 1
     hash_BK = hash64("scfoundation zero", *keys, joinids_B[:, None], np.arange(n_draws))
-    gene_BK = (hash_BK % np.uint64(n_genes)).astype(np.uint16)  # ids are 16 bits wide, and short integers sort fast
+    gene_BK = (hash_BK >> np.uint64(32)) * np.uint64(n_genes) >> np.uint64(32)
+    gene_BK = gene_BK.astype(np.uint16)  # ids are 16 bits wide, and short integers sort fast
     gene_BK.sort(axis=1)
     is_new_BK = np.ones(gene_BK.shape, bool)
     is_new_BK[:, 1:] = gene_BK[:, 1:] > gene_BK[:, :-1]
     return (gene_BK + np.arange(len(joinids_B))[:, None] * n_genes).ravel()[np.flatnonzero(is_new_BK)]
 
 
-def _with_depths(
-    genes: Genes, values_N: np.ndarray, n_genes: int, target_B: np.ndarray, source_B: np.ndarray
-) -> Encoded:
-    """Append T and S to every cell, whatever their values."""
-    offsets = genes.offsets + 2 * np.arange(len(genes.offsets))
-    place_N = np.arange(len(values_N)) + spread(2 * np.arange(len(genes.joinids)), genes.offsets)
-    out_genes, out_values = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
-    out_genes[place_N], out_values[place_N] = genes.genes, values_N
-    for behind, token, counts_B in ((2, n_genes, target_B), (1, n_genes + 1, source_B)):
-        out_genes[offsets[1:] - behind] = token
-        out_values[offsets[1:] - behind] = np.log10(np.maximum(counts_B, 1))
-    return Encoded(Genes(genes.joinids, offsets, out_genes), out_values)
+def _depths(n_genes: int, target_B: np.ndarray, source_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[2 B], the tokens T and S of every cell, and their values."""
+    counts_B2 = np.stack([target_B, source_B], axis=1)
+    return np.tile([n_genes, n_genes + 1], len(counts_B2)), np.log10(np.maximum(counts_B2, 1)).ravel()
 
 
 def thin(cells: CellBatch, *keys) -> tuple[np.ndarray, np.ndarray]:
@@ -210,9 +209,9 @@ def thin(cells: CellBatch, *keys) -> tuple[np.ndarray, np.ndarray]:
 def binomial(counts_A: np.ndarray, share_A: np.ndarray, hash_A: np.ndarray) -> np.ndarray:
     """How many of `counts_A` molecules are kept, each with its probability: exact binomial numbers, int64 [A].
 
-    A molecule is kept if a random number is below the share, and both are compared from the front. Up to 8 molecules
-    compare 8 binary digits each in one go. Then, and where there are more molecules, digit by digit: of n molecules
-    that are still undecided as many are decided by the next digit as n random bits have ones, or zeros.
+    A molecule is kept if a random number is below the share; the two are compared from the front, 8 binary digits at a
+    time, for 8 molecules in one word. Of more than 64 molecules as many are decided by one digit as random bits have
+    ones, or zeros, until few are undecided.
 
     Parameters
     ----------
@@ -223,37 +222,49 @@ def binomial(counts_A: np.ndarray, share_A: np.ndarray, hash_A: np.ndarray) -> n
     hash_A
         uint64, the keys of the draws.
     """
-    lanes_A = _LANES[np.minimum(counts_A, 9)]  # one byte for each molecule
-    bytes_A8 = hash_A.view(np.uint8).reshape(-1, 8)
-    front_A1 = (share_A >> np.uint64(56)).astype(np.uint8)[:, None]
-    kept_A = np.bitwise_count((bytes_A8 < front_A1).view(np.uint64)[:, 0] & lanes_A).astype(np.int64)
-    equal_A = np.bitwise_count((bytes_A8 == front_A1).view(np.uint64)[:, 0] & lanes_A)
-    many_A = counts_A > 8
-    active = np.flatnonzero(many_A | (equal_A > 0))
-    many, hashes = many_A[active], hash_A[active]
-    n = np.where(many, counts_A[active], equal_A[active]).astype(np.int64)
-    share = np.where(many, share_A[active], share_A[active] << np.uint64(8))
+    n_A, share_A, kept_A = counts_A.astype(np.int64), share_A.copy(), np.zeros(len(counts_A), np.int64)
+    many = np.flatnonzero(n_A > 64)
     for digit in range(64):
-        if not len(active):
+        if not len(many):
             break
-        ones = _random_ones(n, next_key(hashes, np.array([digit])))
-        is_one = (share << np.uint64(digit)).view(np.int64) < 0
-        zeros = n - ones
-        kept_A[active] += np.where(is_one, zeros, 0)
-        n = np.where(is_one, ones, zeros)
-        left = np.flatnonzero(n)
-        active, n, share, hashes = active[left], n[left], share[left], hashes[left]
+        ones = _random_ones(n_A[many], next_key(hash_A[many], np.array([digit])))
+        zeros, is_one = n_A[many] - ones, share_A[many] >> np.uint64(63) > 0
+        kept_A[many] += np.where(is_one, zeros, 0)
+        n_A[many] = np.where(is_one, ones, zeros)
+        share_A[many] <<= np.uint64(1)
+        many = many[n_A[many] > 64]
+    n_A[many] = 0  # equal to the share in all of its digits, and so not below it
+
+    several = np.flatnonzero(n_A > 8)
+    offsets = offsets_of((n_A[several] + 7) // 8)
+    word = place_within(offsets)
+    hashes = next_key(spread(hash_A[several], offsets), word + 64)
+    left = np.minimum(spread(n_A[several], offsets) - 8 * word, 8)
+    kept_A[several] += sum_within(offsets, _kept_of_eight(left, spread(share_A[several], offsets), hashes))
+    n_A[several] = 0
+    return kept_A + _kept_of_eight(n_A, share_A, hash_A)
+
+
+def _kept_of_eight(n_A: np.ndarray, share_A: np.ndarray, hash_A: np.ndarray) -> np.ndarray:
+    """int64 [A], how many of at most 8 molecules are kept."""
+    kept_A = np.zeros(len(n_A), np.int64)
+    active, n, share, hashes = slice(None), n_A, share_A, hash_A
+    for eight in range(8):
+        lanes = _LANES[n]  # one byte for each molecule
+        bytes_8A, fronts_8A = hashes.view(np.uint8), ((share >> np.uint64(56)) * _LANES[8]).view(np.uint8)
+        kept_A[active] += np.bitwise_count((bytes_8A < fronts_8A).view(np.uint64) & lanes)
+        undecided = np.bitwise_count((bytes_8A == fronts_8A).view(np.uint64) & lanes)
+        left = np.flatnonzero(undecided)
+        if not len(left):
+            break
+        n, share, hashes = undecided[left], share[left] << np.uint64(8), next_key(hashes[left], np.array([eight]))
+        active = left if isinstance(active, slice) else active[left]
     return kept_A
 
 
 def _random_ones(n_A: np.ndarray, hash_A: np.ndarray) -> np.ndarray:
-    """int64 [A], ones among `n_A` (at least 1) random bits."""
-    ones_A = np.bitwise_count(hash_A >> np.maximum(64 - n_A, 0).view(np.uint64)).astype(np.int64)
-    large = np.flatnonzero(n_A > 64)
-    if len(large):  # further words of 64 bits
-        rest = n_A[large] - 64
-        offsets = offsets_of((rest + 63) // 64)
-        word = place_within(offsets)
-        unused = np.maximum((word + 1) * 64 - spread(rest, offsets), 0).view(np.uint64)
-        ones_A[large] += sum_within(offsets, np.bitwise_count(next_key(spread(hash_A[large], offsets), word) >> unused))
-    return ones_A
+    """int64 [A], ones among `n_A` random bits, at least 64."""
+    offsets = offsets_of((n_A + 63) // 64)
+    word = place_within(offsets)
+    unused = np.maximum((word + 1) * 64 - spread(n_A, offsets), 0).view(np.uint64)
+    return sum_within(offsets, np.bitwise_count(next_key(spread(hash_A, offsets), word) >> unused))

@@ -24,6 +24,7 @@ from cellmill.shards.batch import CellBatch
 from cellmill.views.ragged import (
     argsort_within,
     hash_genes,
+    join,
     keep_first,
     log1p_cp10k,
     offsets_of,
@@ -182,13 +183,9 @@ def _sentences(
 ) -> Sentences:
     """All words of a cell one after the other."""
     parts = [*front, genes, *behind]
-    offsets = sum(words.offsets for words in parts)
+    offsets, places = join([words.offsets for words in parts])
     tokens, values = np.empty(offsets[-1], np.int32), np.zeros(offsets[-1], np.int32)
-    begin_B = offsets[:-1]
-    for words in parts:
-        place = np.arange(len(words.tokens)) + spread(begin_B - words.offsets[:-1], words.offsets)
+    for words, place in zip(parts, places, strict=True):
         tokens[place] = words.tokens
-        if words is genes:
-            values[place] = bins_N
-        begin_B = begin_B + np.diff(words.offsets)
+    values[places[len(front)]] = bins_N
     return Sentences(offsets, tokens, values, targets_B, task_B)
