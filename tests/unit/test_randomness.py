@@ -25,6 +25,12 @@ def test_keys_may_be_hashed_one_after_the_other():
     assert genes.tolist() == [3, 4, 3]
 
 
+def test_plain_numbers_and_arrays_are_hashed_alike():
+    for keys in [(1, "mask", 2, 3), (-1, 2**63 - 1, "a"), ("a",), (np.int64(5), "b", 7)]:
+        arrays = [key if isinstance(key, str) else np.array([key]) for key in keys]
+        assert hash64(*keys) == hash64(*arrays)
+
+
 def test_shares_of_integers_are_those_of_the_floats():
     hashes = hash64("test", np.arange(100_000))
     for share in (0.0, 0.15, 0.5, 1 / 3, 1.0):

@@ -7,6 +7,7 @@ the keys.
 """
 
 import zlib
+from functools import lru_cache
 
 import numpy as np
 
@@ -31,12 +32,26 @@ def hash64(*keys) -> np.ndarray:
     *keys
         Integers, integer arrays that broadcast together, or strings (the name of the draw's purpose).
     """
-    state = np.zeros(1, np.uint64)  # one element, so that uint64 wraps silently as arrays do
-    for key in keys:
+    plain = 0
+    while plain < len(keys) and isinstance(keys[plain], int | str):
+        plain += 1
+    state = np.array([_hash_plain(keys[:plain])], np.uint64)  # one element, so that uint64 wraps silently as arrays do
+    for key in keys[plain:]:
         if isinstance(key, str):
             key = zlib.crc32(key.encode())
         state = next_key(state, np.atleast_1d(np.asarray(key)))
     return state
+
+
+@lru_cache(maxsize=1024)
+def _hash_plain(keys: tuple[int | str, ...]) -> int:
+    """`hash64` of plain numbers and strings, which come in front and again and again: arrays of one are slow."""
+    state = np.zeros(1, np.uint64)
+    for key in keys:
+        if isinstance(key, str):
+            key = zlib.crc32(key.encode())
+        state = next_key(state, np.array([key]))
+    return int(state[0])
 
 
 def next_key(state: np.ndarray, key: np.ndarray) -> np.ndarray:
