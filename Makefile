@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 CORES ?= all
 CONFIG ?= config/demo.yaml
 READY := $(VENV)/.ready
+BENCH := .venv-bench
 export MPLBACKEND := agg
 export CELLMILL_DATA ?= $(abspath $(CURDIR)/../shared/data)
 
@@ -53,12 +54,13 @@ format: $(READY)  ## format all sources
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt Snakefile workflow/rules
 
-bench: demo  ## measure shards, corpus, training and scoring on the demo's cells; docs/log.md keeps figures
-	$(BIN)/python tests/bench/shards.py
-	$(BIN)/python tests/bench/corpus.py
-	$(BIN)/python tests/bench/training.py
-	$(BIN)/python tests/bench/score_demo.py annotation
-	$(BIN)/python tests/bench/score_demo.py integration
+$(BENCH)/.ready: envs/lock.txt envs/bench.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -r envs/lock.txt -r envs/bench.txt
+	touch $@
+
+bench: demo $(BENCH)/.ready  ## measure against peers and limits: one table, results/bench; NAMES="loaders views" for some
+	$(BIN)/python tests/bench/run.py $(NAMES)
 
 picture: demo  ## take the README's picture of the report (needs chromium)
 	chromium --headless --no-sandbox --disable-gpu --user-data-dir=$$(mktemp -d) --window-size=1280,1700 \

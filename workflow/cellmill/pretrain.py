@@ -200,7 +200,7 @@ class _Run:
         batch = next(self.loader)
         parts = []
         for i in range(0, len(batch), self.micro_batch_size):
-            cells = batch.take(range(i, min(i + self.micro_batch_size, len(batch))))
+            cells = batch.slice(i, min(i + self.micro_batch_size, len(batch)))
             parts.append(to_device(self.model.pretrain_inputs(cells, seed=self.seed, step=self.step), self.device))
         return batch, parts
 

@@ -143,7 +143,7 @@ def write_experiment(
     """Write one organism, of the data sets `sources` by joinid; returns its obs."""
     datasets, sources = list(sources), list(sources.values())
     ids = set().union(*(source.mapping["feature_id"].dropna() for source in sources))
-    genes = genes[genes.index.isin(ids)]
+    genes = genes[genes.index.isin(ids)].sort_index()  # the order of vocabularies: curation need not sort
     gene_rows = pd.Series(np.arange(len(genes)), index=genes.index)
     sizes = np.array([len(source.obs) for source in sources])
     schema = pa.schema([*OBS_SCHEMA, *((name, TEXT) for name in extra_obs)])
