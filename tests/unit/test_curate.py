@@ -1,6 +1,6 @@
 """Blocks of the demo Census: the same cells as a slow and plain way gives, and what is said when something is wrong."""
 
-import bisect
+import itertools
 import json
 import shutil
 import signal
@@ -21,8 +21,10 @@ import tiledbsoma as soma
 from cellmill.census.vocabulary import is_ribosomal
 from cellmill.config import AssayQuality, Quality
 from cellmill.errors import CellmillError
-from cellmill.fingerprints import PRINTS, comparable_groups, fingerprints
+from cellmill.fingerprints import GROUPS, PRINTS, comparable_groups, comparable_prints, fingerprints, gene_keys
 from cellmill.shards import curate, kernels
+from cellmill.shards.batch import CellBatch
+from cellmill.shards.format import encode_cells
 from cellmill.shards.order import Order
 from cellmill.shards.shuffle import read_block
 from cellmill.vocabulary import Vocabulary
@@ -60,7 +62,7 @@ def run(demo_census, planned, tmp_path):
     shutil.copy(planned / "plan.json", tmp_path)
 
     def curated(quality: Quality = LAX, **more) -> Path:
-        genes = more.pop("genes", planned / "vocabulary.parquet")
+        genes = planned / "vocabulary.parquet"
         corpus_runs.curate(demo_census.soma, tmp_path, 0, corpus(quality=quality), genes, **more)
         return tmp_path
 
@@ -84,35 +86,20 @@ def share(cells: anndata.AnnData, is_kind: np.ndarray) -> np.ndarray:
     return np.asarray(cells.X[:, is_kind].sum(axis=1) / cells.X.sum(axis=1)).ravel()
 
 
-def ascending(genes: Vocabulary, census: anndata.AnnData) -> Vocabulary:
-    """The longest part of a vocabulary that the Census holds in the same order."""
-    place = pd.Series(np.arange(census.n_vars), index=census.var["feature_id"])[genes.feature_ids].to_numpy()
-    ends, last, before = [], [], np.full(len(place), -1)
-    for gene, at in enumerate(place):
-        length = bisect.bisect(ends, at)
-        before[gene] = last[length - 1] if length else -1
-        ends[length:], last[length:] = [at, *ends[length + 1 :]], [gene, *last[length + 1 :]]
-    chosen = [last[-1]]
-    while before[chosen[-1]] >= 0:
-        chosen.append(before[chosen[-1]])
-    return Vocabulary(genes.table.take(chosen[::-1]))
-
-
 @pytest.mark.parametrize("is_ascending", [False, True])
 @pytest.mark.parametrize(("tile", "nonzeros"), [(2048, 10**7), (2048, 1), (200, 400_000)])
-def test_cells_are_those_of_a_plain_matrix(run, planned, census, monkeypatch, tmp_path, is_ascending, tile, nonzeros):
+def test_cells_are_those_of_a_plain_matrix(run, planned, census, monkeypatch, is_ascending, tile, nonzeros):
     monkeypatch.setattr(curate, "TILE", tile)
     monkeypatch.setattr(curate, "NONZEROS_PER_READ", nonzeros)
     genes = Vocabulary.read(planned / "vocabulary.parquet")
-    if is_ascending:
-        genes = ascending(genes, census)
-        assert len(genes) > 500
-    pq.write_table(genes.table, tmp_path / "genes.parquet")
+    if not is_ascending:  # as the genes of a Census whose var is in another order
+        genes = Vocabulary(genes.table.take(np.random.default_rng(0).permutation(len(genes))))
+        monkeypatch.setattr(curate.Vocabulary, "read", lambda path: genes)
     column_of = pd.Series(np.arange(census.n_vars), index=census.var["feature_id"])
     columns = column_of[genes.feature_ids].to_numpy()
     assert (np.diff(columns) > 0).all() == is_ascending
 
-    folder = run(genes=tmp_path / "genes.parquet")
+    folder = run()
     cells, obs = cells_of(folder)
     assert cells.joinids.tolist() == census.obs["soma_joinid"].tolist()
     counts = csr_matrix((cells.counts, cells.genes, cells.offsets), shape=(len(cells), len(genes)))
@@ -302,11 +289,48 @@ def test_more_genes_than_obs_says_overflow_nothing():
     state_BS = kernels.new_state(np.array([2, 1]))
     pairs = np.full(3, -1)
     stored = np.array([7, 7, 7, 7, 9]), np.array([0, 1, 2, 3, 2]), np.array([1, 2, 3, 4, 5], np.float32)
-    gene_of, kind_of = np.arange(4, dtype=np.int32), np.zeros(4, np.uint8)
-    assert kernels.gather(*stored, np.array([7, 9]), gene_of, kind_of, state_BS, pairs) == (-1, True)
+    code_of = kernels.codes(np.arange(4), np.full(4, kernels.PLAIN))
+    assert kernels.gather(*stored, np.array([7, 9]), code_of, state_BS, pairs) == -1
     assert state_BS[:, kernels.NNZ].tolist() == [4, 1]
     assert state_BS[:, kernels.TOTAL].tolist() == [10, 5]
     assert pairs.tolist() == [0 << 32 | 1, 1 << 32 | 2, 2 << 32 | 5]
+
+
+@pytest.mark.parametrize("is_ascending", [False, True])
+def test_packed_as_by_the_format_itself(is_ascending):
+    """Steps and counts around 255 and at their largest, empty cells, cells left out."""
+    random = np.random.default_rng(0)
+    lengths = np.array([3, 0, 700, 1, 0, 256, 5])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    genes = np.concatenate([np.sort(random.choice(65_536, n, replace=False)) for n in lengths])
+    genes[:3], genes[-6:] = [0, 254, 509], [65_535, 1, 2, 256, 511, 65_535]
+    counts = random.choice([1, 7, 254, 255, 256, 70_000, 2**31 - 1], len(genes))
+    totals = np.array([counts[start:stop].sum() for start, stop in itertools.pairwise(offsets)])
+    cells = CellBatch(np.arange(len(lengths)), offsets, genes, counts, totals)
+
+    state_BS = kernels.new_state(lengths)
+    first_B = state_BS[:, kernels.NEXT].copy()
+    state_BS[:, kernels.NEXT] = state_BS[:, kernels.END]
+    at = np.arange(len(genes)) if is_ascending else np.lexsort((random.random(len(genes)), cells.cell_of))
+    pairs = (genes << 32 | counts)[at]
+    rows = np.array([0, 1, 2, 3, 4, 6])
+    n = lengths[rows].sum()
+    made = [np.zeros(n, kind) for kind in (np.uint8, np.uint16, np.uint8, np.uint32)]
+    ends = np.zeros((4, len(rows) + 1), np.int32)
+    group_V = random.integers(-1, GROUPS, 65_536).astype(np.int8)
+    key_V = gene_keys(group_V)
+    prints, members = np.zeros((len(rows), GROUPS), np.uint64), np.zeros((len(rows), GROUPS), np.int32)
+    room = np.zeros(65_536, np.int32)
+    largest = kernels.pack(rows, first_B, state_BS, pairs, room, group_V, key_V, *made, ends, prints, members)
+
+    kept = cells.take(rows)
+    assert largest == 65_536
+    for (name, expected), values, end in zip(encode_cells(kept).items(), made, ends, strict=True):
+        data = values.tobytes()
+        assert [data[start:stop] for start, stop in itertools.pairwise(end)] == expected.to_pylist(), name
+    comparable = np.ones((len(rows), GROUPS), bool)
+    assert np.array_equal(comparable_prints(prints, members, comparable), fingerprints(kept, group_V, comparable))
+    assert (prints[2] > 0).all()
 
 
 def test_a_plan_of_another_census_is_said(run, planned, tmp_path):

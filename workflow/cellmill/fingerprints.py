@@ -8,11 +8,11 @@ that most data sets measure; those of the second half the genes that most cells 
 Legend: B cells, N nonzeros of all cells together, V genes in the vocabulary.
 """
 
-import numba
 import numpy as np
 import pyarrow as pa
 
 from cellmill.randomness import hash64
+from cellmill.shards import kernels
 from cellmill.shards.batch import CellBatch
 
 GROUPS = 8
@@ -111,29 +111,17 @@ def fingerprints(cells: CellBatch, group_V: np.ndarray, comparable_BG: np.ndarra
         uint64 [B, GROUPS]; 0 where the group is not comparable or the cell expresses fewer than `MIN_GENES` of its
         genes.
     """
-    rank_V = np.cumsum(group_V >= 0)
-    key_V = hash64("fingerprint", rank_V)
-    group_V, comparable_BG = np.ascontiguousarray(group_V, np.int8), np.ascontiguousarray(comparable_BG, bool)
-    return _prints_of(cells.offsets, cells.genes, cells.counts, group_V, key_V, comparable_BG)
+    print_BG, members_BG = np.zeros((len(cells), GROUPS), np.uint64), np.zeros((len(cells), GROUPS), np.int32)
+    group_V = np.ascontiguousarray(group_V, np.int8)
+    kernels.add_prints(cells.offsets, cells.genes, cells.counts, group_V, gene_keys(group_V), print_BG, members_BG)
+    return comparable_prints(print_BG, members_BG, comparable_BG)
 
 
-@numba.njit(nogil=True, cache=True)
-def _prints_of(offsets, genes, counts, group_V, key_V, comparable_BG):
-    prints_BG = np.zeros((len(offsets) - 1, GROUPS), np.uint64)
-    expressed_G = np.zeros(GROUPS, np.int64)
-    for b in range(len(offsets) - 1):
-        expressed_G[:] = 0
-        for n in range(offsets[b], offsets[b + 1]):
-            gene = genes[n]
-            group = group_V[gene]
-            if group >= 0:
-                # a sum of mixed (gene, count) pairs, so that the order of genes does not matter
-                x = key_V[gene] ^ (np.uint64(counts[n]) * np.uint64(0x9E3779B97F4A7C15))
-                x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-                x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-                prints_BG[b, group] += x ^ (x >> np.uint64(31))
-                expressed_G[group] += 1
-        for group in range(GROUPS):
-            if expressed_G[group] < MIN_GENES or not comparable_BG[b, group]:
-                prints_BG[b, group] = 0
-    return prints_BG
+def gene_keys(group_V: np.ndarray) -> np.ndarray:
+    """uint64 [V], under which key a gene's counts are hashed."""
+    return hash64("fingerprint", np.cumsum(group_V >= 0))
+
+
+def comparable_prints(print_BG: np.ndarray, members_BG: np.ndarray, comparable_BG: np.ndarray) -> np.ndarray:
+    """uint64 [B, GROUPS], the sums, 0 where too few genes are expressed (`members_BG`) or some were not measured."""
+    return np.where(comparable_BG & (members_BG >= MIN_GENES), print_BG, np.uint64(0))

@@ -25,12 +25,11 @@ from cellmill.census.vocabulary import is_mitochondrial, is_ribosomal
 from cellmill.config import Census, Quality
 from cellmill.errors import CellmillError
 from cellmill.files import atomic
-from cellmill.fingerprints import GROUPS, PRINTS_SCHEMA, comparable_groups, fingerprints
+from cellmill.fingerprints import GROUPS, PRINTS_SCHEMA, comparable_groups, comparable_prints, gene_keys
 from cellmill.progress import Progress
 from cellmill.qc import X_RULES, text_codes, thresholds
 from cellmill.shards import kernels
-from cellmill.shards.batch import CellBatch
-from cellmill.shards.format import OBS_STRINGS
+from cellmill.shards.format import OBS_STRINGS, OVERFLOWN, PACKED
 from cellmill.shards.order import Order
 from cellmill.shards.writer import BlockWriter
 from cellmill.vocabulary import Vocabulary
@@ -136,9 +135,8 @@ def curate_block(
             split_B, splits = text_codes(cells.planned["split"])
             for code, split in enumerate(splits):
                 rows = np.flatnonzero(kept_B & (split_B == code))
-                batch = cells.take(rows)
-                writer.write(batch, cells.obs.select(source.kept_columns).take(rows), split)
-                prints_BG[rows] = fingerprints(batch, source.group_V, source.comparable(cells)[rows])
+                packed, n_genes, prints_BG[rows] = cells.pack(rows)
+                writer.write_packed(packed, cells.obs.select(source.kept_columns).take(rows), split, n_genes=n_genes)
             prints_writer.write_table(_prints_table(cells, prints_BG, np.flatnonzero(kept_B)))
             done += len(cells)
             progress.update(done)
@@ -154,7 +152,6 @@ class _Cells:
         self.state_BS = kernels.new_state(room_B)
         self.first_B = self.state_BS[:, kernels.NEXT].copy()
         self.pairs = np.empty(room_B.sum(), np.int64)
-        self.ascend = True
 
     def __len__(self) -> int:
         return len(self.joinids_B)
@@ -163,15 +160,12 @@ class _Cells:
         """Take in a table of X; others' counts in it are passed over."""
         for batch in table.to_batches():
             stored = [batch[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data")]
-            faulty, ascend = kernels.gather(
-                *stored, self.joinids_B, self.source.gene_of, self.source.kind_of, self.state_BS, self.pairs
-            )
+            faulty = kernels.gather(*stored, self.joinids_B, self.source.code_of, self.state_BS, self.pairs)
             if faulty >= 0:
                 raise CellmillError(
                     f"{self._name(np.searchsorted(self.joinids_B, stored[0][faulty]))} has a count of "
                     f"{stored[2][faulty]:g} in X['raw']; counts must be raw: non-negative integers below 2^31"
                 )
-            self.ascend &= ascend
 
     def check(self) -> None:
         """Refuse cells of which obs and X disagree."""
@@ -185,15 +179,36 @@ class _Cells:
                 f"{total_B[row]} in {nnz_B[row]}; build the Census anew"
             )
 
-    def take(self, rows: np.ndarray) -> CellBatch:
-        """Cells at ascending `rows`, with their genes of the vocabulary."""
-        lengths = self.state_BS[rows, kernels.NEXT] - self.first_B[rows]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        # allocated here, since numpy asks for huge pages: small ones cost more than the work on them
-        genes, counts = np.empty(offsets[-1], np.uint16), np.empty(offsets[-1], np.int32)
-        count_V = np.zeros(self.source.n_genes, np.int32)
-        kernels.take(rows, self.first_B, self.state_BS, self.pairs, self.ascend, count_V, genes, counts)
-        return CellBatch(self.joinids_B[rows], offsets, genes, counts, self.state_BS[rows, kernels.TOTAL])
+    def pack(self, rows: np.ndarray) -> tuple[pa.Table, int, np.ndarray]:
+        """Cells at ascending `rows` as `BlockWriter.write_packed` takes them, and uint64 [K, G], their fingerprints."""
+        lengths, totals = self.state_BS[rows, kernels.NEXT] - self.first_B[rows], self.state_BS[rows, kernels.TOTAL]
+        group_V, n = self.source.group_V, lengths.sum()
+        room = {  # no cell has more overflown numbers than its sums allow
+            "genes": np.empty(n, np.uint8),
+            "genes_overflow": np.empty(np.minimum(lengths, len(group_V) // OVERFLOWN).sum(), np.uint16),
+            "counts": np.empty(n, np.uint8),
+            "counts_overflow": np.empty(np.minimum(lengths, totals // OVERFLOWN).sum(), np.uint32),
+        }
+        ends = np.zeros((len(PACKED), len(rows) + 1), np.int32)
+        prints, members = np.zeros((len(rows), GROUPS), np.uint64), np.zeros((len(rows), GROUPS), np.int32)
+        n_genes = kernels.pack(
+            rows,
+            self.first_B,
+            self.state_BS,
+            self.pairs,
+            np.zeros(len(group_V), np.int32),
+            group_V,
+            self.source.key_V,
+            *room.values(),
+            ends,
+            prints,
+            members,
+        )
+        columns = {"soma_joinid": self.joinids_B[rows], "total_counts": totals}
+        for (name, values), end in zip(room.items(), ends, strict=True):
+            buffers = [None, pa.py_buffer(end), pa.py_buffer(values)]
+            columns[name] = pa.BinaryArray.from_buffers(pa.binary(), len(rows), buffers)
+        return pa.table(columns), n_genes, comparable_prints(prints, members, self.source.comparable(self)[rows])
 
     def _name(self, row: int) -> str:
         return f"data set {self.obs['dataset_id'][row]}, cell {self.joinids_B[row]} (soma_joinid)"
@@ -214,7 +229,7 @@ class _Source:
         experiment = collection["census_data"][organism]
         rna = experiment.ms["RNA"]
         self.obs, self.X, self.presence = experiment.obs, rna.X["raw"], rna["feature_dataset_presence_matrix"]
-        self.organism, self.n_genes = organism, len(vocabulary)
+        self.organism = organism
         var = rna.var.read(column_names=["soma_joinid", "feature_id", "feature_name"]).concat()
         joinid_V = var["soma_joinid"].to_numpy()
         ids = pc.index_in(var["feature_id"].cast(pa.string()), value_set=pa.array(vocabulary.feature_ids))
@@ -227,7 +242,9 @@ class _Source:
         self.kind_of = np.full(len(self.gene_of), kernels.PLAIN, np.uint8)
         self.kind_of[joinid_V[is_ribosomal(var["feature_name"])]] = kernels.RIBOSOMAL
         self.kind_of[joinid_V[is_mitochondrial(var["feature_name"])]] = kernels.MITOCHONDRIAL
-        self.group_V = vocabulary.group_V
+        self.code_of = kernels.codes(self.gene_of, self.kind_of)
+        self.group_V = np.ascontiguousarray(vocabulary.group_V, np.int8)
+        self.key_V = gene_keys(self.group_V)
         rows = collection["census_info"]["datasets"].read(column_names=["soma_joinid", "dataset_id"]).concat()
         self.joinid_of = dict(zip(rows["dataset_id"].to_pylist(), rows["soma_joinid"].to_pylist(), strict=True))
         self.data_sets: dict[str, _DataSet] = {}

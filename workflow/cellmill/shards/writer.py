@@ -35,26 +35,26 @@ BLOCK_SCHEMA = pa.schema(
 )
 FLUSH = 2**25
 """Nonzeros that a block holds in memory, 2 bytes each, before it writes them."""
-IN_CACHE = 2**17
-"""Nonzeros that are packed at a time, so that they stay in the processor's cache from one step to the next."""
 _EMPTY = pa.RecordBatch.from_pylist([], BLOCK_SCHEMA)
 
 
-def check_obs(path: Path, cells: CellBatch, obs: pa.Table) -> list[str]:
+def check_obs(
+    path: Path, joinids_B: np.ndarray, totals_B: np.ndarray, lengths_B: np.ndarray, obs: pa.Table
+) -> list[str]:
     """The metadata columns of strings that will be stored, or a `CellmillError` that names the file of `path`."""
-    if obs.num_rows != len(cells):
-        raise CellmillError(f"{path.name}: {len(cells)} cells came with {obs.num_rows} rows of metadata")
+    if obs.num_rows != len(joinids_B):
+        raise CellmillError(f"{path.name}: {len(joinids_B)} cells came with {obs.num_rows} rows of metadata")
     missing = [name for name in (*OBS_STRINGS, "n_measured_genes") if name not in obs.column_names]
     if missing:
         raise CellmillError(f"{path.name}: the cells' metadata lacks {', '.join(missing)}; add these columns")
-    from_cells = {"soma_joinid": cells.joinids, "total_counts": cells.totals, "n_genes": cells.lengths}
+    from_cells = {"soma_joinid": joinids_B, "total_counts": totals_B, "n_genes": lengths_B}
     for name, values_B in from_cells.items():
         if name in obs.column_names and not np.array_equal(obs[name].to_numpy(), values_B):
             raise CellmillError(f"{path.name}: column {name} of the metadata contradicts the cells; drop it")
     measured = obs["n_measured_genes"]
     if not pa.types.is_integer(measured.type) or measured.null_count:
         raise CellmillError(f"{path.name}: column n_measured_genes must hold integers and no nulls")
-    if (cells.lengths > measured.to_numpy()).any():
+    if (lengths_B > measured.to_numpy()).any():
         raise _too_many(path, "genes")
     names = [*OBS_STRINGS, *(n for n in obs.column_names if n not in (*OBS_STRINGS, *FROM_CELLS, "n_measured_genes"))]
     for name in names:
@@ -143,7 +143,7 @@ class ShardWriter:
         CellmillError
             If a column is missing, of another type or contradicts `cells`, or a value does not fit the format.
         """
-        names = check_obs(self.path, cells, obs)
+        names = check_obs(self.path, cells.joinids, cells.totals, cells.lengths, obs)
         check_totals(self.path, cells)
         self.write_packed(
             pa.table(
@@ -309,24 +309,39 @@ class BlockWriter:
 
     def write(self, cells: CellBatch, obs: pa.Table, split: str) -> None:
         """Append cells of one split; cells, obs and errors as in `ShardWriter.write`."""
+        check_totals(self.path, cells)
+        table = {"soma_joinid": cells.joinids, "total_counts": cells.totals, **encode_cells(cells)}
+        self.write_packed(pa.table(table), obs, split, n_genes=int(cells.genes.max(initial=0)) + 1)
+
+    def write_packed(self, cells: pa.Table, obs: pa.Table, split: str, *, n_genes: int) -> None:
+        """Append cells of one split that are packed.
+
+        Parameters
+        ----------
+        cells
+            B rows: `soma_joinid`, `total_counts`, and the packed columns of a shard.
+        obs
+            B rows, as `ShardWriter.write` takes them.
+        split
+            Name of the split.
+        n_genes
+            One more than the largest gene id of the cells.
+
+        Raises
+        ------
+        CellmillError
+            As `ShardWriter.write`.
+        """
+        joinids_B, lengths_B = cells["soma_joinid"].to_numpy(), pc.binary_length(cells["counts"]).to_numpy()
+        names = check_obs(self.path, joinids_B, cells["total_counts"].to_numpy(), lengths_B, obs)
         if not len(cells):
             return
-        names = check_obs(self.path, cells, obs)
-        metadata_B = self._metadata.number(obs.select([*names, "n_measured_genes"]))
-        shard_B = self.order.shard_of(split, self.order.keys(cells.joinids))
-        for start, stop in _runs(cells.offsets):
-            some = cells.slice(start, stop)
-            check_totals(self.path, some)
-            table = {
-                "soma_joinid": some.joinids,
-                "metadata": metadata_B[start:stop],
-                "total_counts": some.totals,
-                **encode_cells(some),
-                "shard": shard_B[start:stop],
-            }
-            self._waiting.append(pa.table(table))
-        self._nonzeros += len(cells.genes)
-        self._n_genes = max(self._n_genes, int(cells.genes.max(initial=0)) + 1)
+        numbers = self._metadata.number(obs.select([*names, "n_measured_genes"]))
+        shard_B = self.order.shard_of(split, self.order.keys(joinids_B))
+        cells = cells.append_column("metadata", pa.array(numbers)).append_column("shard", pa.array(shard_B))
+        self._waiting.append(cells)
+        self._nonzeros += int(lengths_B.sum())
+        self._n_genes = max(self._n_genes, n_genes)
         if self._nonzeros >= FLUSH:
             try:
                 self._flush()
@@ -371,13 +386,6 @@ class BlockWriter:
             with contextlib.suppress(OSError):  # a full disk is still full; the file goes now
                 self._file.close()
         self._temporary.unlink(missing_ok=True)
-
-
-def _runs(offsets_B1: np.ndarray) -> list[tuple[int, int]]:
-    """Cut cells into runs of about `IN_CACHE` nonzeros: [start, stop) of each."""
-    run_B = offsets_B1[:-1] // IN_CACHE
-    edges = [0, *(np.flatnonzero(np.diff(run_B)) + 1).tolist(), len(run_B)]
-    return list(itertools.pairwise(edges))
 
 
 def checksum(batch: pa.RecordBatch) -> int:
