@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from cellmill.shards.batch import CellBatch
 from cellmill.views import exceiver, geneformer, scfoundation, scgpt, scmulan
+from cellmill.views.ragged import hash_genes
 from model_cells import make_batch
 from shard_cells import real_cells
 
@@ -128,6 +129,11 @@ def many_draws(cell: CellBatch, n: int) -> CellBatch:
     return CellBatch(np.arange(n), cells.offsets, cells.genes, cells.counts, cells.totals)
 
 
+def thin(cells: CellBatch, *keys: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `scfoundation.pretrain` thins them."""
+    return scfoundation.thin(cells, hash_genes(cells, "scfoundation", *keys), *keys)
+
+
 def test_binomial_numbers_are_binomial():
     """Mean, variance and single probabilities, for every way in which counts are handled."""
     rng = np.random.default_rng(0)
@@ -154,7 +160,7 @@ def test_binomial_numbers_are_binomial():
 def test_scfoundation_thins_half_of_the_deep_cells(blood):
     deep = blood.take([int(np.argmax(blood.totals))])
     cells = many_draws(deep, 4000)
-    counts, totals = scfoundation.thin(cells, 0, 1)
+    counts, totals = thin(cells, 0, 1)
     share = totals / cells.totals
     thinned = share < 1
     assert thinned.mean() == pytest.approx(0.5, abs=0.04)
@@ -167,11 +173,11 @@ def test_scfoundation_thins_half_of_the_deep_cells(blood):
     of_gene = counts[cells.offsets[:-1] + largest] / deep.counts[largest]
     assert np.corrcoef(of_gene[thinned], share[thinned])[0, 1] > 0.95
     outside = CellBatch(cells.joinids, cells.offsets, cells.genes, cells.counts, cells.totals + 5000)
-    counts, totals = scfoundation.thin(outside, 0, 1)
+    counts, totals = thin(outside, 0, 1)
     rest = (totals - np.add.reduceat(counts, cells.offsets[:-1], dtype=np.int64)) / 5000
     np.testing.assert_allclose(rest[thinned], share[thinned], atol=0.06)
     shallow = CellBatch(cells.joinids, cells.offsets, cells.genes, cells.counts, np.full(4000, 999))
-    assert scfoundation.thin(shallow, 0, 1)[0] is shallow.counts
+    assert thin(shallow, 0, 1)[0] is shallow.counts
 
 
 def test_scfoundation_masks_at_the_published_rates(blood):
@@ -181,7 +187,7 @@ def test_scfoundation_masks_at_the_published_rates(blood):
     offsets = np.concatenate([[0], np.cumsum(kept)])[cells.offsets]
     cells = CellBatch(cells.joinids, offsets, cells.genes[kept], cells.counts[kept], cells.totals)
     out = scfoundation.pretrain(cells, n_genes=n_genes, **KEYS)
-    counts, totals = scfoundation.thin(cells, *KEYS.values())
+    counts, totals = thin(cells, *KEYS.values())
     nonzeros, zeros = np.count_nonzero(counts), len(cells) * n_genes - np.count_nonzero(counts)
     assert len(out.nonzeros.hidden) / nonzeros == pytest.approx(0.3, abs=0.005)
     assert len(out.zeros.hidden) / zeros == pytest.approx(0.03, abs=0.0005)

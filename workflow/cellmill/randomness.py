@@ -58,7 +58,19 @@ def next_key(state: np.ndarray, key: np.ndarray) -> np.ndarray:
     """The hash of (keys..., `key`) from `state`, the hash of the keys before it; integers that broadcast together."""
     mixed = key.astype(np.int64).view(np.uint64)
     mixed += _GOLDEN
-    return _mix((state + _GOLDEN) ^ _mix(mixed))
+    return next_mixed(state, _mix(mixed))
+
+
+def next_mixed(state: np.ndarray, mixed: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """`next_key` of keys that are mixed already (see `mixed_keys`), written to `out` if given, which may be `state`."""
+    out = np.add(state, _GOLDEN, out=out)
+    return _mix(np.bitwise_xor(out, mixed, out=out if out.shape == mixed.shape else None))
+
+
+@lru_cache(maxsize=4)
+def mixed_keys(n: int) -> np.ndarray:
+    """uint64 [n], the keys 0, 1, 2, ... mixed, for `next_mixed`; not to be written to."""
+    return _mix(np.arange(n, dtype=np.uint64) + _GOLDEN)
 
 
 def uniform(*keys) -> np.ndarray:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cellmill.randomness import hash64, next_key
+from cellmill.randomness import hash64, mixed_keys, next_mixed
 from cellmill.shards.batch import CellBatch
 
-_BLOCK = 2**14
+_BLOCK = 2**15
 """Values that are hashed at once, so that intermediate ones stay in the processor's cache."""
 
 
@@ -36,7 +36,7 @@ def offsets_of(lengths_B: np.ndarray) -> np.ndarray:
 
 def spread(values_B: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """[N], each cell's value at all of its places."""
-    return np.repeat(values_B, np.diff(offsets))
+    return np.repeat(values_B, offsets[1:] - offsets[:-1])
 
 
 def place_within(offsets: np.ndarray) -> np.ndarray:
@@ -103,9 +103,10 @@ def hash_genes(cells: CellBatch | Genes, *keys, index_M: np.ndarray | None = Non
     hash_N, genes_N = spread(hash64(*keys, cells.joinids), cells.offsets), cells.genes
     if index_M is not None:
         hash_N, genes_N = hash_N[index_M], genes_N[index_M]
+    mixed_V = mixed_keys(2**16)  # ids are 16 bits wide, and to look them up costs less than to mix them
     for start in range(0, len(hash_N), _BLOCK):
         block = slice(start, start + _BLOCK)
-        hash_N[block] = next_key(hash_N[block], genes_N[block])
+        next_mixed(hash_N[block], mixed_V.take(genes_N[block]), out=hash_N[block])
     return hash_N
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cellmill.randomness import below, hash64, next_key
+from cellmill.randomness import below, hash64, mixed_keys, next_key, next_mixed
 from cellmill.shards.batch import CellBatch
 from cellmill.views.ragged import Genes, hash_genes, join, log1p_cp10k, offsets_of, place_within, spread, sum_within
 
@@ -30,9 +30,14 @@ THINNED_SHARE = 0.5
 MIN_COUNTS = 1000
 """Cells with fewer counts are never thinned."""
 _LANES = np.array([0x0101010101010101 % 256**n for n in range(9)], np.uint64)
+_FOUR_LANES = np.array([0x01010101 % 256**n for n in range(5)] + [0], np.uint32)
 """n bytes of 1."""
-_NONZERO, _GONE = 1, 2
-"""A gene of a cell that the input has, and one of which thinning took all molecules."""
+_GONE = 1
+"""A gene of a cell of which thinning took all molecules; one more is a gene that the input has."""
+_MANY = 2**16
+"""Molecules of one gene that are too many to be compared one by one."""
+_VALUE, _REST = hash64("scfoundation value"), hash64("scfoundation rest")
+"""What a gene's hash is hashed with for a random value, and for molecules that it does not decide."""
 
 
 class Encoded(NamedTuple):
@@ -86,95 +91,125 @@ def embed(cells: CellBatch, *, n_genes: int, target_counts: np.ndarray | None = 
 def pretrain(cells: CellBatch, *, n_genes: int, seed: int, step: int | None) -> MaskedCells:
     """Thinned and masked cells with their targets. `step` is None in validation."""
     keys = (seed, -1 if step is None else step)
-    counts_N, totals_B = thin(cells, *keys)
-    raw_N, raw_positions = log1p_cp10k(cells), _positions(cells, n_genes)
-    left, gone = np.flatnonzero(counts_N), np.flatnonzero(counts_N == 0)
-    seen = CellBatch(cells.joinids, np.searchsorted(left, cells.offsets), cells.genes[left], counts_N[left], totals_B)
-    values_N = log1p_cp10k(seen)
+    hash_N = hash_genes(cells, "scfoundation", *keys)
+    counts_N, totals_B = thin(cells, hash_N, *keys)
+    seen_N = counts_N > 0
+    left = np.flatnonzero(seen_N)
+    left_offsets = np.searchsorted(left, cells.offsets)
+    values_N = log1p_cp10k(CellBatch(cells.joinids, cells.offsets, cells.genes, counts_N, totals_B))
 
-    index_M = np.flatnonzero(below(hash_genes(seen, "scfoundation nonzero", *keys), NONZERO_RATE))
-    genes = Genes(cells.joinids, np.searchsorted(index_M, seen.offsets), seen.genes[index_M])
-    hidden_M, random_R, value_R = _show(genes, seen, values_N, keys)
-    nonzeros = Masked(genes, hidden_M, raw_N[left[index_M]])
+    index_M = np.flatnonzero(seen_N & below(hash_N, NONZERO_RATE))
+    genes = Genes(cells.joinids, np.searchsorted(index_M, cells.offsets), cells.genes.take(index_M))
+    hidden_M, random_R, place_R = _show(genes.offsets, hash_N.take(index_M), NONZERO_RATE, left_offsets)
+    nonzeros = Masked(genes, hidden_M, _raw_values(cells, genes.offsets, index_M))
+    value_R = values_N[left[place_R]]
 
-    values_N[index_M[random_R]] = value_R
-    shown = np.ones(len(values_N), bool)
-    shown[index_M[hidden_M]] = False
-    shown = np.flatnonzero(shown)
-    state = np.zeros(len(cells) * n_genes, np.uint8)
-    position_N = raw_positions[left]
-    state[position_N] = _NONZERO
-    state[raw_positions[gone]] = _GONE
-    places = np.arange(len(cells) + 1) * n_genes
-    position_M = _zero_draws(cells.joinids, n_genes, *keys)
-    state_M = state[position_M]
-    position_M, state_M = position_M[state_M != _NONZERO], state_M[state_M != _NONZERO]
-    offsets = np.searchsorted(position_M, places)
-    genes = Genes(cells.joinids, offsets, (position_M - spread(places[:-1], offsets)).astype(np.int32))
-    targets_M = np.zeros(len(position_M), np.float32)
-    gone_M = np.flatnonzero(state_M == _GONE)
-    targets_M[gone_M] = raw_N[np.searchsorted(raw_positions, position_M[gone_M])]
-    hidden_M, random_R, value_R = _show(genes, seen, values_N, keys)
-    zeros = Masked(genes, hidden_M, targets_M)
+    genes, targets_M = _masked_zeros(cells, seen_N, n_genes, *keys)
+    hidden_M, random_Z, place_Z = _show(genes.offsets, hash_genes(genes, "scfoundation", *keys), 1, left_offsets)
+    zeros, value_Z = Masked(genes, hidden_M, targets_M), values_N[left[place_Z]]
 
     # a zero that shows a random value is read by the encoder like a nonzero
-    shown_offsets = np.searchsorted(shown, seen.offsets)
-    zero_offsets = np.searchsorted(random_R, offsets)
-    offsets, (at_nonzeros, at_zeros, at_depths) = join([shown_offsets, zero_offsets, 2 * np.arange(len(cells) + 1)])
+    values_N[index_M[random_R]] = value_R
+    shown = np.flatnonzero(seen_N & ~below(hash_N, NONZERO_RATE * HIDDEN_SHARE))
+    parts = [
+        np.searchsorted(shown, cells.offsets),
+        np.searchsorted(random_Z, genes.offsets),
+        2 * np.arange(len(cells) + 1),
+    ]
+    offsets, (at_nonzeros, at_zeros, at_depths) = join(parts)
     genes_N, out_N = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
-    genes_N[at_nonzeros], out_N[at_nonzeros] = seen.genes[shown], values_N[shown]
-    genes_N[at_zeros], out_N[at_zeros] = genes.genes[random_R], value_R
+    genes_N[at_nonzeros], out_N[at_nonzeros] = cells.genes.take(shown), values_N.take(shown)
+    genes_N[at_zeros], out_N[at_zeros] = genes.genes[random_Z], value_Z
     genes_N[at_depths], out_N[at_depths] = _depths(n_genes, cells.totals, totals_B)
     return MaskedCells(Encoded(Genes(cells.joinids, offsets, genes_N), out_N), nonzeros, zeros)
 
 
 def _show(
-    masked: Genes, seen: CellBatch, values_N: np.ndarray, keys: tuple
+    offsets: np.ndarray, hash_M: np.ndarray, rate: float, left_offsets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which masked positions are hidden, and which show a random value of their cell, and that value."""
-    how_M = hash_genes(masked, "scfoundation show", *keys)
-    empty_B = seen.lengths == 0  # has no random value to show
-    hidden_M = below(how_M, HIDDEN_SHARE) | spread(empty_B, masked.offsets)
-    random_R = np.flatnonzero(~hidden_M & below(how_M, HIDDEN_SHARE + RANDOM_SHARE))
-    cell_R = spread(np.arange(len(seen)), masked.offsets)[random_R]
-    hash_R = hash_genes(masked, "scfoundation value", *keys, index_M=random_R)
-    place_R = (hash_R % seen.lengths[cell_R].astype(np.uint64)).view(np.int64)
-    return hidden_M, random_R, values_N[seen.offsets[cell_R] + place_R]
+    """How masked positions are shown.
+
+    Parameters
+    ----------
+    offsets
+        Of the masked positions.
+    hash_M
+        Their hashes, all below `rate`.
+    left_offsets
+        Of the genes that the cells have.
+
+    Returns
+    -------
+    bool [M], which are hidden; the places in M of those that show a random value, and the places of these values.
+    """
+    hidden_M = below(hash_M, rate * HIDDEN_SHARE)
+    lengths_B = np.diff(left_offsets)
+    if not lengths_B.all():
+        hidden_M |= spread(lengths_B == 0, offsets)  # there is no random value to show
+    random_R = np.flatnonzero(~hidden_M & below(hash_M, rate * (HIDDEN_SHARE + RANDOM_SHARE)))
+    cell_R = np.searchsorted(offsets, random_R, "right") - 1
+    hash_R = next_mixed(hash_M[random_R], _VALUE)
+    return hidden_M, random_R, left_offsets[cell_R] + (hash_R % lengths_B[cell_R].astype(np.uint64)).view(np.int64)
 
 
-def _positions(cells: CellBatch, n_genes: int) -> np.ndarray:
-    """int64 [N], places in a flat [B * V]; ascending."""
-    return cells.genes + spread(np.arange(len(cells)) * n_genes, cells.offsets)
+def _raw_values(cells: CellBatch, offsets: np.ndarray, index_M: np.ndarray) -> np.ndarray:
+    """float32 [M], log1p(CP10k) at ascending places in the cells, whose offsets are `offsets`."""
+    return log1p_cp10k(CellBatch(cells.joinids, offsets, cells.genes, cells.counts.take(index_M), cells.totals))
 
 
-def _zero_draws(joinids_B: np.ndarray, n_genes: int, *keys) -> np.ndarray:
-    """int64, ascending places in a flat [B * V], each with probability `ZERO_RATE`.
+def _masked_zeros(cells: CellBatch, seen_N: np.ndarray, n_genes: int, *keys) -> tuple[Genes, np.ndarray]:
+    """Each gene that a cell does not have, or no more, with probability `ZERO_RATE`; its raw log1p(CP10k)."""
+    first_B = np.arange(len(cells)) * n_genes
+    position_N = cells.genes + spread(first_B, cells.offsets)  # in a flat [B * V]; ascending
+    state = np.zeros(len(cells) * n_genes, np.uint8)
+    state[position_N] = seen_N.view(np.uint8) + np.uint8(_GONE)
+    offsets, genes_M = _zero_draws(cells.joinids, n_genes, *keys)
+    position_M = genes_M + spread(first_B, offsets)
+    state_M = state.take(position_M)
+    zero = np.flatnonzero(state_M <= _GONE)
+    offsets, state_M = np.searchsorted(zero, offsets), state_M.take(zero)
+    gone = np.flatnonzero(state_M > 0)
+    targets_M = np.zeros(len(zero), np.float32)
+    index = np.searchsorted(position_N, position_M[zero[gone]])
+    targets_M[gone] = _raw_values(cells, np.searchsorted(gone, offsets), index)
+    return Genes(cells.joinids, offsets, genes_M.take(zero)), targets_M
+
+
+def _zero_draws(joinids_B: np.ndarray, n_genes: int, *keys) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets and ids of genes, each of V in each cell with probability `ZERO_RATE`; ascending.
 
     So many are drawn, with replacement, that each gene is drawn with that probability; the other genes cost nothing.
     """
     n_draws = round(np.log1p(-ZERO_RATE) / np.log1p(-1 / n_genes)) if n_genes > 1 else 1
-    hash_BK = hash64("scfoundation zero", *keys, joinids_B[:, None], np.arange(n_draws))
-    gene_BK = (hash_BK >> np.uint64(32)) * np.uint64(n_genes) >> np.uint64(32)
+    hash_BK = hash64("scfoundation zero", *keys, joinids_B[:, None], np.arange((n_draws + 1) // 2))
+    gene_BK = hash_BK.view(np.uint32)[:, :n_draws].astype(np.uint64)  # two draws a hash
+    gene_BK *= np.uint64(n_genes)
+    gene_BK >>= np.uint64(32)
     gene_BK = gene_BK.astype(np.uint16)  # ids are 16 bits wide, and short integers sort fast
     gene_BK.sort(axis=1)
     is_new_BK = np.ones(gene_BK.shape, bool)
-    is_new_BK[:, 1:] = gene_BK[:, 1:] > gene_BK[:, :-1]
-    return (gene_BK + np.arange(len(joinids_B))[:, None] * n_genes).ravel()[np.flatnonzero(is_new_BK)]
+    np.greater(gene_BK[:, 1:], gene_BK[:, :-1], out=is_new_BK[:, 1:])
+    new = np.flatnonzero(is_new_BK)
+    return np.searchsorted(new, np.arange(len(joinids_B) + 1) * n_draws), gene_BK.ravel().take(new).astype(np.int32)
 
 
 def _depths(n_genes: int, target_B: np.ndarray, source_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[2 B], the tokens T and S of every cell, and their values."""
-    counts_B2 = np.stack([target_B, source_B], axis=1)
-    return np.tile([n_genes, n_genes + 1], len(counts_B2)), np.log10(np.maximum(counts_B2, 1)).ravel()
+    tokens_B2, counts_B2 = np.empty((2, len(target_B), 2), np.int64)
+    tokens_B2[:] = n_genes, n_genes + 1
+    counts_B2[:, 0], counts_B2[:, 1] = target_B, source_B
+    return tokens_B2.ravel(), np.log10(np.maximum(counts_B2, 1)).ravel()
 
 
-def thin(cells: CellBatch, *keys) -> tuple[np.ndarray, np.ndarray]:
+def thin(cells: CellBatch, hash_N: np.ndarray, *keys) -> tuple[np.ndarray, np.ndarray]:
     """Half of the cells of at least `MIN_COUNTS` counts lose molecules, the others none.
 
     Parameters
     ----------
     cells
         B cells.
+    hash_N
+        uint64 [N], the genes' hashes.
     *keys
         Seed and step.
 
@@ -186,32 +221,29 @@ def thin(cells: CellBatch, *keys) -> tuple[np.ndarray, np.ndarray]:
     rows = np.flatnonzero(chosen_B)
     if not len(rows):
         return cells.counts, cells.totals
+    joinids, offsets = cells.joinids[rows], offsets_of(cells.lengths[rows])
     # the second of three uniform numbers has the distribution Beta(2, 2); as 64 binary digits
-    share_B = np.sort(hash64("scfoundation kept share", *keys, cells.joinids[:, None], np.arange(3)), axis=1)[:, 1]
-    chosen = np.flatnonzero(spread(chosen_B, cells.offsets))
-    others_B = cells.totals - sum_within(cells.offsets, cells.counts)  # in genes outside the vocabulary
+    share = np.sort(hash64("scfoundation kept share", *keys, joinids[:, None], np.arange(3)), axis=1)[:, 1]
+    chosen = np.arange(offsets[-1]) + spread(cells.offsets[rows] - offsets[:-1], offsets)
+    counts = cells.counts.take(chosen)
+    outside = cells.totals[rows] - sum_within(offsets, counts)  # in genes outside the vocabulary
     left = binomial(
-        np.concatenate([cells.counts[chosen], others_B[rows]]),
-        np.concatenate([spread(share_B, cells.offsets)[chosen], share_B[rows]]),
-        np.concatenate(
-            [
-                hash_genes(cells, "scfoundation thin", *keys, index_M=chosen),
-                hash64("scfoundation thin others", *keys, cells.joinids[rows]),
-            ]
-        ),
+        np.concatenate([counts, outside]),
+        np.concatenate([spread(share, offsets), share]),
+        np.concatenate([hash_N.take(chosen), hash64("scfoundation thin outside", *keys, joinids)]),
     )
-    counts_N = cells.counts.copy()
+    counts_N, totals_B = cells.counts.copy(), cells.totals.copy()
     counts_N[chosen] = left[: len(chosen)]
-    others_B[rows] = left[len(chosen) :]
-    return counts_N, others_B + sum_within(cells.offsets, counts_N)
+    totals_B[rows] = left[len(chosen) :] + sum_within(offsets, left[: len(chosen)])
+    return counts_N, totals_B
 
 
 def binomial(counts_A: np.ndarray, share_A: np.ndarray, hash_A: np.ndarray) -> np.ndarray:
     """How many of `counts_A` molecules are kept, each with its probability: exact binomial numbers, int64 [A].
 
     A molecule is kept if a random number is below the share; the two are compared from the front, 8 binary digits at a
-    time, for 8 molecules in one word. Of more than 64 molecules as many are decided by one digit as random bits have
-    ones, or zeros, until few are undecided.
+    time, for several molecules in one word. Most counts are small: up to four molecules are tried with the lower half
+    of their hash, and only what is left undecided is hashed again.
 
     Parameters
     ----------
@@ -220,10 +252,29 @@ def binomial(counts_A: np.ndarray, share_A: np.ndarray, hash_A: np.ndarray) -> n
     share_A
         uint64, the probabilities times 2^64.
     hash_A
-        uint64, the keys of the draws.
+        uint64, the keys of the draws; only the lower halves need be random.
     """
-    n_A, share_A, kept_A = counts_A.astype(np.int64), share_A.copy(), np.zeros(len(counts_A), np.int64)
-    many = np.flatnonzero(n_A > 64)
+    lanes = _FOUR_LANES.take(counts_A, mode="clip")  # one byte for each molecule; none where they are more than four
+    bytes_4A = hash_A.astype(np.uint32).view(np.uint8)
+    fronts_4A = ((share_A >> np.uint64(56)).astype(np.uint32) * _FOUR_LANES[4]).view(np.uint8)
+    kept_A = np.bitwise_count((bytes_4A < fronts_4A).view(np.uint32) & lanes).astype(np.int64)
+    undecided_A = (bytes_4A == fronts_4A).view(np.uint32) & lanes
+    rest = np.flatnonzero((undecided_A > 0) | (counts_A > 4))
+    n, share, is_many = counts_A.take(rest), share_A.take(rest), lanes.take(rest) == 0
+    n = np.where(is_many, n, np.bitwise_count(undecided_A.take(rest)))
+    share = np.where(is_many, share, share << np.uint64(8))
+    kept_A[rest] += _binomial_of_many(n, share, next_mixed(hash_A.take(rest), _REST))
+    return kept_A
+
+
+def _binomial_of_many(n_A: np.ndarray, share_A: np.ndarray, hash_A: np.ndarray) -> np.ndarray:
+    """`binomial` of int64 `n_A`, most of them more than four; `share_A` is overwritten, and `n_A`.
+
+    Of more than `_MANY` molecules as many are decided by one digit as random bits have ones, or zeros, until few are
+    undecided.
+    """
+    kept_A = np.zeros(len(n_A), np.int64)
+    many = np.flatnonzero(n_A > _MANY)
     for digit in range(64):
         if not len(many):
             break
@@ -232,34 +283,32 @@ def binomial(counts_A: np.ndarray, share_A: np.ndarray, hash_A: np.ndarray) -> n
         kept_A[many] += np.where(is_one, zeros, 0)
         n_A[many] = np.where(is_one, ones, zeros)
         share_A[many] <<= np.uint64(1)
-        many = many[n_A[many] > 64]
+        many = many[n_A[many] > _MANY]
     n_A[many] = 0  # equal to the share in all of its digits, and so not below it
 
-    several = np.flatnonzero(n_A > 8)
-    offsets = offsets_of((n_A[several] + 7) // 8)
-    word = place_within(offsets)
-    hashes = next_key(spread(hash_A[several], offsets), word + 64)
-    left = np.minimum(spread(n_A[several], offsets) - 8 * word, 8)
-    kept_A[several] += sum_within(offsets, _kept_of_eight(left, spread(share_A[several], offsets), hashes))
-    n_A[several] = 0
-    return kept_A + _kept_of_eight(n_A, share_A, hash_A)
+    # the others by words of eight molecules
+    offsets = offsets_of((n_A + 7) >> 3)
+    owner = spread(np.arange(len(n_A)), offsets)
+    word = np.arange(offsets[-1]) - offsets.take(owner)
+    left, share = np.minimum(n_A.take(owner) - 8 * word, 8), share_A.take(owner)
+    hashes = next_mixed(hash_A.take(owner), mixed_keys(2**16).take(word + 64))
+    lanes, bytes_8, fronts_8 = (
+        _LANES[left],
+        hashes.view(np.uint8),
+        ((share >> np.uint64(56)) * _LANES[8]).view(np.uint8),
+    )
+    kept = np.bitwise_count((bytes_8 < fronts_8).view(np.uint64) & lanes).astype(np.int64)
+    undecided = np.bitwise_count((bytes_8 == fronts_8).view(np.uint64) & lanes)
+    again = np.flatnonzero(undecided > 0)
+    kept[again] += _kept(undecided[again], share[again] << np.uint64(8), hashes[again])
+    return kept_A + sum_within(offsets, kept)
 
 
-def _kept_of_eight(n_A: np.ndarray, share_A: np.ndarray, hash_A: np.ndarray) -> np.ndarray:
-    """int64 [A], how many of at most 8 molecules are kept."""
-    kept_A = np.zeros(len(n_A), np.int64)
-    active, n, share, hashes = slice(None), n_A, share_A, hash_A
-    for eight in range(8):
-        lanes = _LANES[n]  # one byte for each molecule
-        bytes_8A, fronts_8A = hashes.view(np.uint8), ((share >> np.uint64(56)) * _LANES[8]).view(np.uint8)
-        kept_A[active] += np.bitwise_count((bytes_8A < fronts_8A).view(np.uint64) & lanes)
-        undecided = np.bitwise_count((bytes_8A == fronts_8A).view(np.uint64) & lanes)
-        left = np.flatnonzero(undecided)
-        if not len(left):
-            break
-        n, share, hashes = undecided[left], share[left] << np.uint64(8), next_key(hashes[left], np.array([eight]))
-        active = left if isinstance(active, slice) else active[left]
-    return kept_A
+def _kept(n_A: np.ndarray, share_A: np.ndarray, hash_A: np.ndarray) -> np.ndarray:
+    """int64 [A], how many molecules are kept, each by a hash of its own."""
+    offsets = offsets_of(n_A)
+    hashes = next_key(spread(hash_A, offsets), place_within(offsets))
+    return sum_within(offsets, hashes < spread(share_A, offsets))
 
 
 def _random_ones(n_A: np.ndarray, hash_A: np.ndarray) -> np.ndarray:
