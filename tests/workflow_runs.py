@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from cellmill.files import sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,3 +78,35 @@ class Workflow:
         counts = dict(re.findall(r"^(\w+) +(\d+)$", ended.stdout + ended.stderr, flags=re.MULTILINE))
         counts.pop("total", None)
         return {rule: int(count) for rule, count in counts.items()}
+
+
+def said(ended: subprocess.CompletedProcess) -> str:
+    """The one sentence that a run ended with."""
+    output = ended.stdout + ended.stderr
+    assert ended.returncode != 0, output
+    assert "Traceback" not in output, output
+    lines = output.splitlines()
+    sentences = {line for line in lines if line.startswith("cellmill: ")}
+    assert sentences == {lines[-1]}, output
+    return lines[-1]
+
+
+def succeeds(ended: subprocess.CompletedProcess) -> None:
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def contents(folder: Path) -> dict[Path, str]:
+    """The hash of every result below a folder."""
+    passing = {"logs", "benchmarks", "ballast"}
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: sha256(path) for path in paths if passing.isdisjoint(path.relative_to(folder).parts)}
+
+
+def one_model(folder: Path, census: Path) -> Workflow:
+    """A run of one small model on the cell lines."""
+    workflow = Workflow(folder, census)
+    workflow.models.pop("little-geneformer")
+    workflow.config["models"] = [str(folder / "little-scgpt.yaml")]
+    workflow.config["seeds"] = [0]
+    workflow.config["corpus"] |= {"blocks": 1, "include": {"dataset_id": ["li_cell_lines"]}}
+    return workflow

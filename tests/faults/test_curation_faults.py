@@ -5,11 +5,13 @@ import shutil
 
 import anndata as ad
 import pytest
-from test_bad_inputs import SHARDS, STATISTICS, TARGET_SHARDS, contents, one_model, said, succeeds
-from workflow_runs import Workflow
+from workflow_runs import Workflow, contents, one_model, said, succeeds
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]
 
+SHARDS = "results/tiny/shards/corpus"
+TARGET_SHARDS = "results/tiny/shards/baron_pancreas"
+STATISTICS = "results/tiny/statistics.safetensors"
 PLANTED = 20
 
 
