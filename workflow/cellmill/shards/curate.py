@@ -151,10 +151,15 @@ class _Cells:
         room_B = obs["nnz"].to_numpy()
         self.state_BS = kernels.new_state(room_B)
         self.first_B = self.state_BS[:, kernels.NEXT].copy()
-        self.pairs = np.empty(room_B.sum(), np.int64)
+        self.nonzeros = int(room_B.sum())
 
     def __len__(self) -> int:
         return len(self.joinids_B)
+
+    @property
+    def pairs(self) -> np.ndarray:
+        """Genes and counts so far. The next cells will use the same memory, so these must be packed before."""
+        return self.source.room(self.nonzeros)
 
     def add(self, table: pa.Table) -> None:
         """Take in a table of X; others' counts in it are passed over."""
@@ -248,6 +253,7 @@ class _Source:
         rows = collection["census_info"]["datasets"].read(column_names=["soma_joinid", "dataset_id"]).concat()
         self.joinid_of = dict(zip(rows["dataset_id"].to_pylist(), rows["soma_joinid"].to_pylist(), strict=True))
         self.data_sets: dict[str, _DataSet] = {}
+        self._room = np.empty(0, np.int64)
         for name in extra_obs:
             if name not in self.obs.schema.names:
                 close = suggest(name, self.obs.schema.names)
@@ -266,6 +272,12 @@ class _Source:
             for table in self.X.read((coords,)).tables():
                 yield cells, table
             yield cells, None
+
+    def room(self, n: int) -> np.ndarray:
+        """Memory for int64 [n] or more, the same every time: new memory costs as much as the work on it."""
+        if len(self._room) < n:
+            self._room = np.empty(n, np.int64)
+        return self._room
 
     def share(self, cells: _Cells, column: int) -> np.ndarray:
         """float64 [B], share of counts in genes of a kind (its column of the state); NaN where none was measured."""
