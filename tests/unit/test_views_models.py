@@ -1,7 +1,10 @@
 """Each architecture's view on hand-computed cells, its rates on real ones, and its independence of the batch."""
 
+from math import comb
+
 import numpy as np
 import pytest
+from cellmill.randomness import hash64, unit
 from cellmill.shards.batch import CellBatch
 from cellmill.views import exceiver, geneformer, scfoundation, scgpt, scmulan
 from cellmill.views.ragged import hash_genes
@@ -131,17 +134,20 @@ def many_draws(cell: CellBatch, n: int) -> CellBatch:
 
 def thin(cells: CellBatch, *keys: int) -> tuple[np.ndarray, np.ndarray]:
     """As `scfoundation.pretrain` thins them."""
-    return scfoundation.thin(cells, hash_genes(cells, "scfoundation", *keys), *keys)
+    own = hash64("scfoundation", *keys, cells.joinids[:, None], 2**16 + np.arange(5))
+    return scfoundation.thin(cells, hash_genes(cells, "scfoundation", *keys), own)
 
 
 def test_binomial_numbers_are_binomial():
     """Mean, variance and single probabilities, for every way in which counts are handled."""
     rng = np.random.default_rng(0)
-    draws = 40_000
-    for count, share in [(1, 0.3), (2, 0.5), (7, 0.25), (8, 0.99), (9, 0.5), (64, 0.1), (65, 0.7), (1000, 1 / 3)]:
+    for count, share, draws in [
+        *[(1, 0.3, 40_000), (2, 0.5, 40_000), (4, 0.25, 40_000), (5, 0.99, 40_000), (8, 1 / 257, 40_000)],
+        *[(9, 0.5, 40_000), (64, 0.1, 20_000), (1000, 1 / 3, 4000), (200_000, 0.7, 200), (70_000, 0.01, 200)],
+    ]:
         hashes = rng.integers(0, 2**64, draws, np.uint64)
-        shares = np.full(draws, int(share * 2**64), np.uint64)
-        kept = scfoundation.binomial(np.full(draws, count), shares, hashes)
+        shares = np.array([int(share * 2**64)], np.uint64)
+        kept = scfoundation.binomial(np.full(draws, count), hashes, np.array([0, draws]), shares)
         assert kept.min() >= 0
         assert kept.max() <= count
         variance = count * share * (1 - share)
@@ -149,12 +155,15 @@ def test_binomial_numbers_are_binomial():
         assert kept.var() == pytest.approx(variance, rel=4.5 * np.sqrt(2 / draws) + 3 / (variance * draws) ** 0.5)
         assert (kept == 0).mean() == pytest.approx((1 - share) ** count, abs=0.01)
         assert (kept == count).mean() == pytest.approx(share**count, abs=0.01)
-    counts = np.array([0, 1, 5, 9, 100, 3_000_000_000])
+    counts = np.array([0, 1, 5, 9, 100, 100_000_000])
     keys = rng.integers(0, 2**64, 6, np.uint64)
-    assert scfoundation.binomial(counts, np.zeros(6, np.uint64), keys).tolist() == [0] * 6
-    nearly_all = scfoundation.binomial(counts, np.full(6, 2**64 - 1, np.uint64), keys)
+    none, nearly_all, half = (
+        scfoundation.binomial(counts, keys, np.array([0, 6]), np.array([share], np.uint64))
+        for share in (0, 2**64 - 1, 2**63)
+    )
+    assert none.tolist() == [0] * 6
     assert nearly_all.tolist() == counts.tolist()
-    assert scfoundation.binomial(counts, np.full(6, 2**63, np.uint64), keys)[5] == pytest.approx(1.5e9, rel=1e-3)
+    assert half[5] == pytest.approx(5e7, abs=4.5 * 5000)
 
 
 def test_scfoundation_thins_half_of_the_deep_cells(blood):
@@ -178,6 +187,39 @@ def test_scfoundation_thins_half_of_the_deep_cells(blood):
     np.testing.assert_allclose(rest[thinned], share[thinned], atol=0.06)
     shallow = CellBatch(cells.joinids, cells.offsets, cells.genes, cells.counts, np.full(4000, 999))
     assert thin(shallow, 0, 1)[0] is shallow.counts
+
+
+def test_scfoundation_thins_every_gene_by_a_binomial_number_of_its_own(blood):
+    """On real counts, small and large: mean and variance given the cell's share; independent of genes and of masks."""
+    cells = blood.take(np.flatnonzero(blood.totals >= scfoundation.MIN_COUNTS)[:1500])
+    hash_N = hash_genes(cells, "scfoundation", *KEYS.values())
+    own = hash64("scfoundation", *KEYS.values(), cells.joinids[:, None], 2**16 + np.arange(5))
+    kept, totals = scfoundation.thin(cells, hash_N, own)
+    thinned = (totals < cells.totals)[cells.cell_of]
+    assert np.array_equal(kept[~thinned], cells.counts[~thinned])
+    share = (np.median(own[:, 1:4].astype(np.float64), axis=1) / 2**64)[cells.cell_of]
+    fair = thinned & (share > 0.1) & (share < 0.9)
+    counts, share = cells.counts, share[fair]
+    residual = (kept[fair] - counts[fair] * share) / np.sqrt(counts[fair] * share * (1 - share))
+    masked = unit(hash_N[fair]) < scfoundation.NONZERO_RATE
+    classes = [(1, 1), (2, 2), (3, 3), (4, 4), (5, 8), (9, 64), (65, 10**6)]
+    for low, high in classes:
+        of_class = (counts[fair] >= low) & (counts[fair] <= high)
+        n = of_class.sum()
+        assert n > 300
+        assert abs(residual[of_class].mean()) * np.sqrt(n) < 4.5
+        # a binomial number's fourth moment over its variance squared is at most 3 + 1 / variance
+        assert abs(np.square(residual[of_class]).mean() - 1) * np.sqrt(n) < 4.5 * np.sqrt(2 + 1 / (0.09 * low))
+        assert abs(residual[of_class & masked].mean()) * np.sqrt((of_class & masked).sum()) < 4.5
+    neighbours = residual[1:] * residual[:-1]
+    assert abs(neighbours.mean()) * np.sqrt(len(neighbours)) < 4.5
+    for count in (1, 2, 3, 4, 5, 9):  # whole distributions, of shares between 0.3 and 0.7
+        of_count = (counts[fair] == count) & (share > 0.3) & (share < 0.7)
+        seen = np.bincount(kept[fair][of_count], minlength=count + 1)
+        p = share[of_count]
+        for k in range(count + 1):
+            chance = comb(count, k) * p**k * (1 - p) ** (count - k)
+            assert abs(seen[k] - chance.sum()) < 4.5 * np.sqrt((chance * (1 - chance)).sum()) + 1
 
 
 def test_scfoundation_masks_at_the_published_rates(blood):

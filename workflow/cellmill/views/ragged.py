@@ -16,6 +16,8 @@ from cellmill.shards.batch import CellBatch
 
 _BLOCK = 2**15
 """Values that are hashed at once, so that intermediate ones stay in the processor's cache."""
+_IDS = 2**16
+"""Gene ids are 16 bits wide: to look up what they mix to costs less than to mix them."""
 
 
 class Genes(NamedTuple):
@@ -31,7 +33,9 @@ class Genes(NamedTuple):
 
 def offsets_of(lengths_B: np.ndarray) -> np.ndarray:
     """int64 [B + 1], where each cell starts, and the end of the last, from the cells' lengths."""
-    return np.concatenate([[0], np.cumsum(lengths_B, dtype=np.int64)])
+    offsets = np.zeros(len(lengths_B) + 1, np.int64)
+    np.cumsum(lengths_B, out=offsets[1:])
+    return offsets
 
 
 def spread(values_B: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -46,8 +50,10 @@ def place_within(offsets: np.ndarray) -> np.ndarray:
 
 def sum_within(offsets: np.ndarray, values_N: np.ndarray, dtype=np.int64) -> np.ndarray:
     """[B], the sum of each cell's values; 0 for a cell without any."""
+    filled_B = offsets[1:] > offsets[:-1]
+    if filled_B.all() and len(filled_B):
+        return np.add.reduceat(values_N, offsets[:-1], dtype=dtype)
     sums_B = np.zeros(len(offsets) - 1, dtype)
-    filled_B = np.diff(offsets) > 0
     if filled_B.any():
         sums_B[filled_B] = np.add.reduceat(values_N, offsets[:-1][filled_B], dtype=dtype)
     return sums_B
@@ -100,13 +106,18 @@ def hash_genes(cells: CellBatch | Genes, *keys, index_M: np.ndarray | None = Non
     -------
     uint64 [N], or [M].
     """
-    hash_N, genes_N = spread(hash64(*keys, cells.joinids), cells.offsets), cells.genes
-    if index_M is not None:
-        hash_N, genes_N = hash_N[index_M], genes_N[index_M]
-    mixed_V = mixed_keys(2**16)  # ids are 16 bits wide, and to look them up costs less than to mix them
+    hash_B = hash64(*keys, cells.joinids)
+    if index_M is None:
+        return hash_within(hash_B, cells)
+    return next_mixed(spread(hash_B, cells.offsets)[index_M], mixed_keys(_IDS).take(cells.genes[index_M]))
+
+
+def hash_within(hash_B: np.ndarray, cells: CellBatch | Genes) -> np.ndarray:
+    """uint64 [N], each gene of every cell hashed with its cell's hash, as `cellmill.randomness.next_key` does."""
+    hash_N, mixed_V = spread(hash_B, cells.offsets), mixed_keys(_IDS)
     for start in range(0, len(hash_N), _BLOCK):
         block = slice(start, start + _BLOCK)
-        next_mixed(hash_N[block], mixed_V.take(genes_N[block]), out=hash_N[block])
+        next_mixed(hash_N[block], mixed_V.take(cells.genes[block]), out=hash_N[block])
     return hash_N
 
 

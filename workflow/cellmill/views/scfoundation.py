@@ -11,9 +11,13 @@ cell's. Counts outside the vocabulary are thinned with the others, so that S is 
 Masked are 30 % of the input's nonzeros and 3 % of its zeros. Of these 80 % are hidden, 10 % show a random value (of
 another gene of the same cell's input, since nothing more is published), 10 % are left as they are.
 
+One hash a gene serves all: as a number it says whether and how the gene is masked, and its lower half, digits that
+matter there in one case of 2^32, thins.
+
 Token ids: gene g is g; then T is V, S is V + 1.
 
-Legend: B cells, V genes, N nonzeros, M masked positions, K candidates for masked zeros per cell, A counts in thinning.
+Legend: B cells, V genes, N nonzeros, M masked positions, R of them that show a random value (Z among zeros), K draws
+per cell, W words of two draws for its zeros, A counts in thinning, G groups of one probability.
 """
 
 from typing import NamedTuple
@@ -22,7 +26,7 @@ import numpy as np
 
 from cellmill.randomness import below, hash64, mixed_keys, next_key, next_mixed
 from cellmill.shards.batch import CellBatch
-from cellmill.views.ragged import Genes, hash_genes, join, log1p_cp10k, offsets_of, place_within, spread, sum_within
+from cellmill.views.ragged import Genes, hash_within, join, log1p_cp10k, offsets_of, place_within, spread, sum_within
 
 NONZERO_RATE, ZERO_RATE = 0.3, 0.03
 HIDDEN_SHARE, RANDOM_SHARE = 0.8, 0.1
@@ -36,6 +40,8 @@ _GONE = 1
 """A gene of a cell of which thinning took all molecules; one more is a gene that the input has."""
 _MANY = 2**16
 """Molecules of one gene that are too many to be compared one by one."""
+_OWN = 5
+"""Draws of a cell itself, in front of those of its zeros; they are hashed with numbers that no gene has."""
 _VALUE, _REST = hash64("scfoundation value"), hash64("scfoundation rest")
 """What a gene's hash is hashed with for a random value, and for molecules that it does not decide."""
 
@@ -90,9 +96,10 @@ def embed(cells: CellBatch, *, n_genes: int, target_counts: np.ndarray | None = 
 
 def pretrain(cells: CellBatch, *, n_genes: int, seed: int, step: int | None) -> MaskedCells:
     """Thinned and masked cells with their targets. `step` is None in validation."""
-    keys = (seed, -1 if step is None else step)
-    hash_N = hash_genes(cells, "scfoundation", *keys)
-    counts_N, totals_B = thin(cells, hash_N, *keys)
+    hash_B = hash64("scfoundation", seed, -1 if step is None else step, cells.joinids)
+    draws_BK = next_mixed(hash_B[:, None], mixed_keys(2**17)[2**16 :][: _OWN + (_n_draws(n_genes) + 1) // 2])
+    hash_N = hash_within(hash_B, cells)
+    counts_N, totals_B = thin(cells, hash_N, draws_BK)
     seen_N = counts_N > 0
     left = np.flatnonzero(seen_N)
     left_offsets = np.searchsorted(left, cells.offsets)
@@ -104,19 +111,15 @@ def pretrain(cells: CellBatch, *, n_genes: int, seed: int, step: int | None) -> 
     nonzeros = Masked(genes, hidden_M, _raw_values(cells, genes.offsets, index_M))
     value_R = values_N[left[place_R]]
 
-    genes, targets_M = _masked_zeros(cells, seen_N, n_genes, *keys)
-    hidden_M, random_Z, place_Z = _show(genes.offsets, hash_genes(genes, "scfoundation", *keys), 1, left_offsets)
+    genes, targets_M = _masked_zeros(cells, seen_N, n_genes, draws_BK[:, _OWN:])
+    hidden_M, random_Z, place_Z = _show(genes.offsets, hash_within(hash_B, genes), 1, left_offsets)
     zeros, value_Z = Masked(genes, hidden_M, targets_M), values_N[left[place_Z]]
 
     # a zero that shows a random value is read by the encoder like a nonzero
     values_N[index_M[random_R]] = value_R
     shown = np.flatnonzero(seen_N & ~below(hash_N, NONZERO_RATE * HIDDEN_SHARE))
-    parts = [
-        np.searchsorted(shown, cells.offsets),
-        np.searchsorted(random_Z, genes.offsets),
-        2 * np.arange(len(cells) + 1),
-    ]
-    offsets, (at_nonzeros, at_zeros, at_depths) = join(parts)
+    parts = [np.searchsorted(shown, cells.offsets), np.searchsorted(random_Z, genes.offsets)]
+    offsets, (at_nonzeros, at_zeros, at_depths) = join([*parts, 2 * np.arange(len(cells) + 1)])
     genes_N, out_N = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
     genes_N[at_nonzeros], out_N[at_nonzeros] = cells.genes.take(shown), values_N.take(shown)
     genes_N[at_zeros], out_N[at_zeros] = genes.genes[random_Z], value_Z
@@ -143,7 +146,7 @@ def _show(
     bool [M], which are hidden; the places in M of those that show a random value, and the places of these values.
     """
     hidden_M = below(hash_M, rate * HIDDEN_SHARE)
-    lengths_B = np.diff(left_offsets)
+    lengths_B = left_offsets[1:] - left_offsets[:-1]
     if not lengths_B.all():
         hidden_M |= spread(lengths_B == 0, offsets)  # there is no random value to show
     random_R = np.flatnonzero(~hidden_M & below(hash_M, rate * (HIDDEN_SHARE + RANDOM_SHARE)))
@@ -157,32 +160,34 @@ def _raw_values(cells: CellBatch, offsets: np.ndarray, index_M: np.ndarray) -> n
     return log1p_cp10k(CellBatch(cells.joinids, offsets, cells.genes, cells.counts.take(index_M), cells.totals))
 
 
-def _masked_zeros(cells: CellBatch, seen_N: np.ndarray, n_genes: int, *keys) -> tuple[Genes, np.ndarray]:
+def _masked_zeros(cells: CellBatch, seen_N: np.ndarray, n_genes: int, draws_BW: np.ndarray) -> tuple[Genes, np.ndarray]:
     """Each gene that a cell does not have, or no more, with probability `ZERO_RATE`; its raw log1p(CP10k)."""
     first_B = np.arange(len(cells)) * n_genes
     position_N = cells.genes + spread(first_B, cells.offsets)  # in a flat [B * V]; ascending
     state = np.zeros(len(cells) * n_genes, np.uint8)
     state[position_N] = seen_N.view(np.uint8) + np.uint8(_GONE)
-    offsets, genes_M = _zero_draws(cells.joinids, n_genes, *keys)
+    offsets, genes_M = _zero_draws(draws_BW, n_genes)
     position_M = genes_M + spread(first_B, offsets)
     state_M = state.take(position_M)
-    zero = np.flatnonzero(state_M <= _GONE)
-    offsets, state_M = np.searchsorted(zero, offsets), state_M.take(zero)
-    gone = np.flatnonzero(state_M > 0)
+    zero, gone = np.flatnonzero(state_M <= _GONE), np.flatnonzero(state_M == _GONE)
     targets_M = np.zeros(len(zero), np.float32)
-    index = np.searchsorted(position_N, position_M[zero[gone]])
-    targets_M[gone] = _raw_values(cells, np.searchsorted(gone, offsets), index)
-    return Genes(cells.joinids, offsets, genes_M.take(zero)), targets_M
+    index = np.searchsorted(position_N, position_M[gone])
+    targets_M[np.searchsorted(zero, gone)] = _raw_values(cells, np.searchsorted(gone, offsets), index)
+    return Genes(cells.joinids, np.searchsorted(zero, offsets), genes_M.take(zero)), targets_M
 
 
-def _zero_draws(joinids_B: np.ndarray, n_genes: int, *keys) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets and ids of genes, each of V in each cell with probability `ZERO_RATE`; ascending.
+def _n_draws(n_genes: int) -> int:
+    """So many genes are drawn, with replacement, that each is drawn with probability `ZERO_RATE`."""
+    return round(np.log1p(-ZERO_RATE) / np.log1p(-1 / n_genes)) if n_genes > 1 else 1
 
-    So many are drawn, with replacement, that each gene is drawn with that probability; the other genes cost nothing.
+
+def _zero_draws(draws_BW: np.ndarray, n_genes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets and ids of genes, each of V in each cell with probability `ZERO_RATE`; ascending. Others cost nothing.
+
+    `draws_BW` is uint64, random, two draws a number.
     """
-    n_draws = round(np.log1p(-ZERO_RATE) / np.log1p(-1 / n_genes)) if n_genes > 1 else 1
-    hash_BK = hash64("scfoundation zero", *keys, joinids_B[:, None], np.arange((n_draws + 1) // 2))
-    gene_BK = hash_BK.view(np.uint32)[:, :n_draws].astype(np.uint64)  # two draws a hash
+    n_draws = _n_draws(n_genes)
+    gene_BK = np.ascontiguousarray(draws_BW).view(np.uint32)[:, :n_draws].astype(np.uint64)
     gene_BK *= np.uint64(n_genes)
     gene_BK >>= np.uint64(32)
     gene_BK = gene_BK.astype(np.uint16)  # ids are 16 bits wide, and short integers sort fast
@@ -190,7 +195,7 @@ def _zero_draws(joinids_B: np.ndarray, n_genes: int, *keys) -> tuple[np.ndarray,
     is_new_BK = np.ones(gene_BK.shape, bool)
     np.greater(gene_BK[:, 1:], gene_BK[:, :-1], out=is_new_BK[:, 1:])
     new = np.flatnonzero(is_new_BK)
-    return np.searchsorted(new, np.arange(len(joinids_B) + 1) * n_draws), gene_BK.ravel().take(new).astype(np.int32)
+    return np.searchsorted(new, np.arange(len(draws_BW) + 1) * n_draws), gene_BK.ravel().take(new).astype(np.int32)
 
 
 def _depths(n_genes: int, target_B: np.ndarray, source_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -201,7 +206,7 @@ def _depths(n_genes: int, target_B: np.ndarray, source_B: np.ndarray) -> tuple[n
     return tokens_B2.ravel(), np.log10(np.maximum(counts_B2, 1)).ravel()
 
 
-def thin(cells: CellBatch, hash_N: np.ndarray, *keys) -> tuple[np.ndarray, np.ndarray]:
+def thin(cells: CellBatch, hash_N: np.ndarray, draws_BK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Half of the cells of at least `MIN_COUNTS` counts lose molecules, the others none.
 
     Parameters
@@ -210,27 +215,27 @@ def thin(cells: CellBatch, hash_N: np.ndarray, *keys) -> tuple[np.ndarray, np.nd
         B cells.
     hash_N
         uint64 [N], the genes' hashes.
-    *keys
-        Seed and step.
+    draws_BK
+        uint64, random: whether a cell is thinned, three for its share, one for its counts outside the vocabulary.
 
     Returns
     -------
     int32 [N], the counts that are left, some of them 0; int64 [B], the total counts that are left.
     """
-    chosen_B = below(hash64("scfoundation thinned", *keys, cells.joinids), THINNED_SHARE) & (cells.totals >= MIN_COUNTS)
-    rows = np.flatnonzero(chosen_B)
+    rows = np.flatnonzero(below(draws_BK[:, 0], THINNED_SHARE) & (cells.totals >= MIN_COUNTS))
     if not len(rows):
         return cells.counts, cells.totals
-    joinids, offsets = cells.joinids[rows], offsets_of(cells.lengths[rows])
+    offsets = offsets_of(cells.lengths[rows])
     # the second of three uniform numbers has the distribution Beta(2, 2); as 64 binary digits
-    share = np.sort(hash64("scfoundation kept share", *keys, joinids[:, None], np.arange(3)), axis=1)[:, 1]
+    share = np.sort(draws_BK[rows, 1:4], axis=1)[:, 1]
     chosen = np.arange(offsets[-1]) + spread(cells.offsets[rows] - offsets[:-1], offsets)
     counts = cells.counts.take(chosen)
     outside = cells.totals[rows] - sum_within(offsets, counts)  # in genes outside the vocabulary
     left = binomial(
         np.concatenate([counts, outside]),
-        np.concatenate([spread(share, offsets), share]),
-        np.concatenate([hash_N.take(chosen), hash64("scfoundation thin outside", *keys, joinids)]),
+        np.concatenate([hash_N.take(chosen), draws_BK[rows, 4]]),
+        np.concatenate([offsets, offsets[-1] + 1 + np.arange(len(rows))]),
+        np.concatenate([share, share]),
     )
     counts_N, totals_B = cells.counts.copy(), cells.totals.copy()
     counts_N[chosen] = left[: len(chosen)]
@@ -238,29 +243,32 @@ def thin(cells: CellBatch, hash_N: np.ndarray, *keys) -> tuple[np.ndarray, np.nd
     return counts_N, totals_B
 
 
-def binomial(counts_A: np.ndarray, share_A: np.ndarray, hash_A: np.ndarray) -> np.ndarray:
-    """How many of `counts_A` molecules are kept, each with its probability: exact binomial numbers, int64 [A].
+def binomial(counts_A: np.ndarray, hash_A: np.ndarray, offsets: np.ndarray, share_G: np.ndarray) -> np.ndarray:
+    """How many of `counts_A` molecules are kept, each with its group's probability: exact binomial numbers, int64 [A].
 
-    A molecule is kept if a random number is below the share; the two are compared from the front, 8 binary digits at a
-    time, for several molecules in one word. Most counts are small: up to four molecules are tried with the lower half
-    of their hash, and only what is left undecided is hashed again.
+    A molecule is kept if a random number is below the share. First only 8 binary digits of the two are compared, for
+    several molecules in one word: up to four, as most genes have, with the lower half of the gene's hash. Molecules
+    whose digits are equal to the share's get further ones, so probabilities are exact to 2^-64.
 
     Parameters
     ----------
     counts_A
         Non-negative integers.
-    share_A
-        uint64, the probabilities times 2^64.
     hash_A
         uint64, the keys of the draws; only the lower halves need be random.
+    offsets
+        int64 [G + 1], where the groups of one probability start.
+    share_G
+        uint64, the probabilities times 2^64.
     """
     lanes = _FOUR_LANES.take(counts_A, mode="clip")  # one byte for each molecule; none where they are more than four
     bytes_4A = hash_A.astype(np.uint32).view(np.uint8)
-    fronts_4A = ((share_A >> np.uint64(56)).astype(np.uint32) * _FOUR_LANES[4]).view(np.uint8)
+    fronts_4A = spread((share_G >> np.uint64(56)).astype(np.uint32) * _FOUR_LANES[4], offsets).view(np.uint8)
     kept_A = np.bitwise_count((bytes_4A < fronts_4A).view(np.uint32) & lanes).astype(np.int64)
     undecided_A = (bytes_4A == fronts_4A).view(np.uint32) & lanes
     rest = np.flatnonzero((undecided_A > 0) | (counts_A > 4))
-    n, share, is_many = counts_A.take(rest), share_A.take(rest), lanes.take(rest) == 0
+    n, is_many = counts_A.take(rest), lanes.take(rest) == 0
+    share = spread(share_G, np.searchsorted(rest, offsets))
     n = np.where(is_many, n, np.bitwise_count(undecided_A.take(rest)))
     share = np.where(is_many, share, share << np.uint64(8))
     kept_A[rest] += _binomial_of_many(n, share, next_mixed(hash_A.take(rest), _REST))
@@ -292,11 +300,8 @@ def _binomial_of_many(n_A: np.ndarray, share_A: np.ndarray, hash_A: np.ndarray) 
     word = np.arange(offsets[-1]) - offsets.take(owner)
     left, share = np.minimum(n_A.take(owner) - 8 * word, 8), share_A.take(owner)
     hashes = next_mixed(hash_A.take(owner), mixed_keys(2**16).take(word + 64))
-    lanes, bytes_8, fronts_8 = (
-        _LANES[left],
-        hashes.view(np.uint8),
-        ((share >> np.uint64(56)) * _LANES[8]).view(np.uint8),
-    )
+    lanes, bytes_8 = _LANES.take(left), hashes.view(np.uint8)
+    fronts_8 = ((share >> np.uint64(56)) * _LANES[8]).view(np.uint8)
     kept = np.bitwise_count((bytes_8 < fronts_8).view(np.uint64) & lanes).astype(np.int64)
     undecided = np.bitwise_count((bytes_8 == fronts_8).view(np.uint64) & lanes)
     again = np.flatnonzero(undecided > 0)
@@ -305,7 +310,7 @@ def _binomial_of_many(n_A: np.ndarray, share_A: np.ndarray, hash_A: np.ndarray) 
 
 
 def _kept(n_A: np.ndarray, share_A: np.ndarray, hash_A: np.ndarray) -> np.ndarray:
-    """int64 [A], how many molecules are kept, each by a hash of its own."""
+    """`binomial` of few molecules: each has a hash of its own."""
     offsets = offsets_of(n_A)
     hashes = next_key(spread(hash_A, offsets), place_within(offsets))
     return sum_within(offsets, hashes < spread(share_A, offsets))
