@@ -29,9 +29,9 @@ NONZEROS_PER_SHARD = 2**27
 # Measured on a 2-core machine (docs/log.md); `make bench` measures them anew.
 BYTES_PER_NONZERO = 1.0
 """Of finished shards, for each nonzero of all genes."""
-CURATE_NS = 45
+CURATE_NS = 50
 """CPU time of reading, checking and packing one nonzero, on a machine that does nothing else."""
-SHUFFLE_NS = 20
+SHUFFLE_NS = 14
 """CPU time of putting one nonzero in its place in its shard."""
 JOB_SECONDS = 2
 """CPU time of starting one job."""

@@ -40,7 +40,7 @@ from cellmill.splits import ALL, TRAIN, VALIDATION, check_not_empty, units_of, v
 OBS_BUFFER_MB = 1
 """Read buffer of each column of obs: 131,072 cells at a time, so that planning takes little memory."""
 _HEADINGS = ("selection", "organism", "data sets", "cells", "removed", "nonzeros", "GB of shards", "blocks")
-_HEADINGS += ("CPU hours", "MB per job")
+_HEADINGS += ("CPU time", "MB per job")
 _WIDTH = 250
 
 
@@ -345,4 +345,11 @@ def _amounts(plan: dict) -> list[int | float]:
 def _row(selection: str, organism: str, removed: str, amounts: list[int | float], memory_mb: int) -> list[str]:
     datasets, cells, nonzeros, size, blocks, seconds = amounts
     counts = [f"{datasets:,}", f"{cells:,}", removed, f"{nonzeros:,}", f"{size / 1e9:,.3f}", f"{blocks:,}"]
-    return [selection, organism, *counts, f"{seconds / 3600:,.2f}", f"{memory_mb:,}"]
+    return [selection, organism, *counts, _time(seconds), f"{memory_mb:,}"]
+
+
+def _time(seconds: float) -> str:
+    """CPU time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
