@@ -328,7 +328,8 @@ def test_predictions_add_up(demo_census, tmp_path):
         assert summary["predicted"]["seconds"] > sum(block["seconds"] for block in summary["blocks"])
         assert summary["predicted"]["memory_mb"] >= max(block["memory_mb"] for block in summary["blocks"])
     # memory of a block is bounded by the buffers, whatever it holds
-    assert cutting.predict_block(10**12, 128) == {"seconds": 45_002.0, "memory_mb": 500 + 5 * 128}
+    seconds = cutting.JOB_SECONDS + 1000 * cutting.CURATE_NS
+    assert cutting.predict_block(10**12, 128) == {"seconds": seconds, "memory_mb": 500 + 5 * 128}
 
 
 # --- what is read, and where the plan lies ----------------------------------------------------------------------------
