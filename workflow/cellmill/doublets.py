@@ -143,7 +143,7 @@ def _names(obs, joinid_B: np.ndarray) -> np.ndarray:
     stale = CellmillError("the plan names cells that this Census does not have; plan the selection anew")
     if joinid_B[-1] > obs.domain[0][1]:
         raise stale
-    coords = slice(int(joinid_B[0]), int(joinid_B[-1]))
+    coords = _coordinates(joinid_B)
     table = obs.read((coords,), column_names=["soma_joinid", *GROUP], result_order="row-major").concat()
     found = table["soma_joinid"].to_numpy()
     rows_B = np.minimum(np.searchsorted(found, joinid_B), max(len(found) - 1, 0))
@@ -154,11 +154,15 @@ def _names(obs, joinid_B: np.ndarray) -> np.ndarray:
     return pc.binary_join_element_wise("data set ", dataset, ", donor ", donor, ", assay ", assay, "").to_numpy()
 
 
+def _coordinates(joinids_P: np.ndarray) -> slice | pa.Array:
+    """Ascending joinids as one slice, which is far quicker than a list of points unless few cells of it are wanted."""
+    span = int(joinids_P[-1] - joinids_P[0]) + 1
+    return slice(int(joinids_P[0]), int(joinids_P[-1])) if span <= 2 * len(joinids_P) else pa.array(joinids_P)
+
+
 def _read_counts(X, joinids_P: np.ndarray, n_genes: int) -> sp.csr_matrix:
     """float32 [P, V], the raw counts of cells with ascending joinids."""
-    # One slice is far quicker than a list of points, unless few cells of its range are wanted.
-    span = int(joinids_P[-1] - joinids_P[0]) + 1
-    coords = slice(int(joinids_P[0]), int(joinids_P[-1])) if span <= 2 * len(joinids_P) else pa.array(joinids_P)
+    coords = _coordinates(joinids_P)
     parts = []
     for table in X.read((coords,)).tables():
         joinid_N, gene_N, count_N = (table[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data"))

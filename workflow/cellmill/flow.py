@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 from dataclasses import asdict
+from pathlib import Path
 
 from cellmill.config import Run
 from cellmill.errors import CellmillError
@@ -31,11 +32,12 @@ class Flow:
         self.results = f"results/{self.name}"
         self.models = list(run.models)
         self.seeds = run.config.seeds
-        self.datasets = list(run.config.datasets)
         first, *others = run.config.corpus.organisms
         self.organism_of = {"corpus": first} | {f"corpus-{organism}": organism for organism in others}
         self.corpora = list(self.organism_of)
         self.organism_of |= {name: dataset.organism or first for name, dataset in run.config.datasets.items()}
+        # models know the genes of the first organism; data sets of others are held out, audited and sharded
+        self.datasets = [name for name in run.config.datasets if self.organism_of[name] == first]
         self.selections = list(self.organism_of)
         self.organisms = run.config.corpus.organisms
         self.vocabulary = f"{self.results}/vocabulary/{first}.parquet"
@@ -52,9 +54,11 @@ class Flow:
             return []
         return [self.config.census.path] if source == "local" else [f"{self.results}/census/soma"]
 
-    def h5ads(self, wildcards) -> str:
-        """The folder of .h5ad files that the private Census is built from."""
-        return self.config.census.path if self.config.census.source == "h5ad" else f"{self.results}/census/h5ad"
+    def h5ads(self, wildcards) -> list[str]:
+        """The .h5ad files that the private Census is built from, or the demo's folder of them."""
+        if self.config.census.source != "h5ad":
+            return [f"{self.results}/census/h5ad"]
+        return sorted(str(path) for path in Path(self.config.census.path).glob("*.h5ad"))
 
     def gene_tables(self, wildcards) -> list[str]:
         """The gene tables that symbols are mapped with, one an organism."""
@@ -180,7 +184,7 @@ class Flow:
 
     def audited(self, wildcards) -> list[str]:
         """The benchmarks whose cells must not be in a corpus: those of its organism."""
-        return [name for name in self.datasets if self.organism_of[name] == self.organism_of[wildcards.corpus]]
+        return [name for name in self.config.datasets if self.organism_of[name] == self.organism_of[wildcards.corpus]]
 
     def opened_census(self, wildcards) -> dict:
         """What identifies the Census that a job opens; how large its buffers are is a resource and reruns nothing."""

@@ -8,8 +8,9 @@ from cellmill.job import job
 
 with job(snakemake.log[0]):
     organisms, files = snakemake.params.organisms, snakemake.params.files
+    h5ads = [Path(path) for path in snakemake.input.h5ads]
     build_census(
-        find_h5ads(Path(snakemake.input.h5ads)),
+        find_h5ads(h5ads[0]) if len(h5ads) == 1 and h5ads[0].is_dir() else h5ads,
         dict(zip(organisms, map(Path, snakemake.input.genes), strict=True)),
         Path(snakemake.output.census),
         organism=organisms[0],

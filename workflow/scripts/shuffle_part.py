@@ -15,4 +15,5 @@ with job(snakemake.log[0]):
         parts=snakemake.params.parts,
         n_genes=len(Vocabulary.read(Path(snakemake.input.vocabulary))),
         out=Path(snakemake.output[0]),
+        code=snakemake.params.code,
     )

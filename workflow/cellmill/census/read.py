@@ -11,12 +11,17 @@ import tiledbsoma as soma
 
 from cellmill.config import Census
 from cellmill.errors import CellmillError
+from cellmill.memory import keep_freed_memory
 
 SEPARATOR = " || "
 """Joins the values of a cell that has several (disease, self_reported_ethnicity), since Census schema 2.4."""
 
 TILE = 2048
 """Rows of a tile of X in the Census: reads that end at tile edges decompress no tile twice."""
+
+TILE_BUDGET = 128 * 1024**2
+"""Bytes of tiles that TileDB may hold at once, at least. Its own budget is 10 GB: it then takes in all tiles of a read
+before it gives any count, and new memory for them costs more than to decompress them (docs/log.md)."""
 
 
 @contextmanager
@@ -43,7 +48,12 @@ def open_census(census: Census, path: Path | None, buffer_mb: int | None = None)
         read while it is open.
     """
     buffer = (buffer_mb or census.buffer_mb) * 1024**2
-    config = {"soma.init_buffer_bytes": buffer, "py.init_buffer_bytes": buffer}
+    config = {
+        "soma.init_buffer_bytes": buffer,
+        "py.init_buffer_bytes": buffer,
+        "sm.mem.total_budget": max(TILE_BUDGET, 8 * buffer),
+    }
+    keep_freed_memory()
     if path is None:
         opened = _open_public(census.version, config)
     else:

@@ -108,7 +108,8 @@ def build_vocabulary(census, path: Path | None, *, organism: str, genes, plan: P
     CellmillError
         As `choose_genes`.
     """
-    datasets = pc.unique(pq.read_table(plan, columns=["dataset_id"])["dataset_id"].cast(pa.string()))
+    batches = pq.ParquetFile(plan, pre_buffer=False).iter_batches(columns=["dataset_id"])
+    datasets = pa.array(sorted({name for batch in batches for name in batch["dataset_id"].unique().to_pylist()}))
     with open_census(census, path) as collection:
         rna = collection["census_data"][organism].ms["RNA"]
         columns = ["soma_joinid", "feature_id", "feature_name", "feature_type", "feature_length", "nnz"]

@@ -29,7 +29,9 @@ def facts(results: pd.DataFrame, opened: dict[str, Shards]) -> list[tuple[str, s
         facts.append((f"{cells.pop('train', 0):,}", "cells to train on"))
         facts += [(f"{n:,}", f"{split} cells, held out") for split, n in cells.items()]
         facts.append((f"{corpus.n_genes:,}", "genes"))
-    facts += [(f"{shards.n_cells('all'):,}", f"cells in {name}") for name, shards in opened.items() if name != "corpus"]
+    facts += [
+        (f"{shards.n_cells('all'):,}", f"cells in {name}") for name, shards in opened.items() if "all" in shards.splits
+    ]
     facts.append((str(results[results["kind"] == "model"]["model"].nunique()), "pretrained models"))
     facts.append((str(len({seed for seeds in results["seeds"] for seed in seeds})), "seeds"))
     return facts
@@ -189,7 +191,7 @@ def curves(page: Figures, logs: dict[str, pd.DataFrame], results: pd.DataFrame) 
 
 def umaps(page: Figures, embeddings: list[Path], opened: dict[str, Shards], config: dict) -> list[dict]:
     """UMAPs per data set, coloured by label and by batch."""
-    obs = {name: shards.obs("all") for name, shards in opened.items() if name != "corpus"}
+    obs = {name: shards.obs("all") for name, shards in opened.items() if "all" in shards.splits}
     umaps = []
     for dataset, found in inputs.read_projections(embeddings, obs, config["datasets"]).items():
         page.payload["data"][f"cells.{dataset}"] = found["cells"]
@@ -231,12 +233,12 @@ def umaps(page: Figures, embeddings: list[Path], opened: dict[str, Shards], conf
 def splits(page: Figures, opened: dict[str, Shards]) -> dict:
     """Cells per data set and split."""
     rows = []
-    for name, shards in opened.items():
+    for shards in opened.values():
         for split in shards.splits:
             if not shards.n_cells(split):
                 continue
             cells = shards.obs(split, ["dataset_id"])["dataset_id"].to_pandas().value_counts()
-            part = {"split": split if name == "corpus" else "benchmark", "order": shards.splits.index(split)}
+            part = {"split": "benchmark" if split == "all" else split, "order": shards.splits.index(split)}
             rows += [part | {"dataset": dataset, "cells": int(n)} for dataset, n in cells.items() if n]
     if not rows:
         return {"rows": [], "figure": None}

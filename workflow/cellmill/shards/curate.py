@@ -254,11 +254,13 @@ class _Source:
         self.joinid_of = dict(zip(rows["dataset_id"].to_pylist(), rows["soma_joinid"].to_pylist(), strict=True))
         self.data_sets: dict[str, _DataSet] = {}
         self._room = np.empty(0, np.int64)
+        self._readers = None
         for name in extra_obs:
             if name not in self.obs.schema.names:
                 close = suggest(name, self.obs.schema.names)
                 raise CellmillError(f"census.extra_obs names '{name}', a column that the Census's obs lacks{close}")
         self.kept_columns = [*dict.fromkeys([*OBS_STRINGS, *extra_obs]), "n_measured_genes"]
+        self._text_columns = [name for name in self.kept_columns if name not in ("organism", "n_measured_genes")]
 
     def stream(self, reads: Iterator[pa.Table]) -> Iterator[tuple[_Cells, pa.Table | None]]:
         """Cells with each table of X that holds counts of them, and at last with None."""
@@ -267,10 +269,17 @@ class _Source:
             # One slice is far quicker than a list of points, unless few cells of its range are wanted.
             span = joinids_B[-1] - joinids_B[0] + 1
             coords = slice(int(joinids_B[0]), int(joinids_B[-1])) if span <= 2 * len(joinids_B) else pa.array(joinids_B)
-            cells = _Cells(planned, self._read_obs(coords, joinids_B), self)
+            if joinids_B[-1] > self.obs.domain[0][1]:
+                raise CellmillError(STALE_PLAN)
+            obs_reader = self._read_obs(coords)
+            cells = _Cells(planned, self._obs_of(obs_reader, joinids_B), self)
             self._learn_data_sets(cells.obs["dataset_id"])
-            for table in self.X.read((coords,)).tables():
+            tables = self.X.read((coords,)).tables()
+            for table in tables:
                 yield cells, table
+                # A reader that ends makes TileDB give all free memory back, which costs more than to read: the last
+                # ones end when the next ones have taken that memory over.
+                self._readers = obs_reader, tables
             yield cells, None
 
     def room(self, n: int) -> np.ndarray:
@@ -292,19 +301,21 @@ class _Source:
         code_B, names = text_codes(cells.obs["dataset_id"])
         return np.array([self.data_sets[name].groups_G for name in names])[code_B]
 
-    def _read_obs(self, coords, joinids_B: np.ndarray) -> pa.Table:
-        if joinids_B[-1] > self.obs.domain[0][1]:
-            raise CellmillError(STALE_PLAN)
-        strings = [name for name in self.kept_columns if name not in ("organism", "n_measured_genes")]
-        names = ["soma_joinid", *strings, "observation_joinid", "n_measured_vars", "raw_sum", "nnz"]
-        table = self.obs.read((coords,), column_names=names, result_order="row-major").concat()
+    def _read_obs(self, coords):
+        """A reader of the metadata of a range of cells."""
+        names = ["soma_joinid", *self._text_columns, "observation_joinid", "n_measured_vars", "raw_sum", "nnz"]
+        return self.obs.read((coords,), column_names=names, result_order="row-major")
+
+    def _obs_of(self, reader, joinids_B: np.ndarray) -> pa.Table:
+        """The metadata of the planned cells of a range."""
+        table = reader.concat()
         found = table["soma_joinid"].to_numpy()
         rows = np.minimum(np.searchsorted(found, joinids_B), max(len(found) - 1, 0))
         if not len(found) or (found[rows] != joinids_B).any():
             raise CellmillError(STALE_PLAN)
         table = table.take(rows).unify_dictionaries().combine_chunks()
-        columns = {name: table[name] for name in names}
-        for name in strings:
+        columns = {name: table[name] for name in table.column_names}
+        for name in self._text_columns:
             if not pa.types.is_dictionary(table[name].type):
                 columns[name] = table[name].cast(pa.string())
         columns["organism"] = pa.DictionaryArray.from_arrays(np.zeros(len(rows), np.int32), [self.organism])

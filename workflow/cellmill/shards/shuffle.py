@@ -35,7 +35,15 @@ _PACKED_AS = {name: pa.binary() for name in PACKED}
 
 
 def shuffle_part(
-    *, summary: Path, blocks: list[Path], removed: list[Path], part: int, parts: int, n_genes: int, out: Path
+    *,
+    summary: Path,
+    blocks: list[Path],
+    removed: list[Path],
+    part: int,
+    parts: int,
+    n_genes: int,
+    out: Path,
+    code: str = "",
 ) -> dict:
     """Write one part of a selection's shards: a range of them, which no other part writes.
 
@@ -57,6 +65,8 @@ def shuffle_part(
     out
         Folder with the shards ``{split}-{number}.parquet`` and ``part.json``. A shard whose cells were all removed is
         left out; the others keep their numbers.
+    code
+        Version of the code: what a killed run of another one finished is made again.
 
     Returns
     -------
@@ -75,7 +85,7 @@ def shuffle_part(
         raise CellmillError(f"block {wrong[0]} holds genes beyond the vocabulary of {n_genes:,}; {_AGAIN}")
     metadata, first_of = _all_metadata(opened)
     removed_R = joinids_of(removed)
-    inputs = _inputs(summary, blocks, removed, n_genes)
+    inputs = _inputs(summary, blocks, removed, n_genes, code)
 
     unfinished = out.with_name(out.name + ".tmp")
     first, stop = (len(order.shards) * number // parts for number in (part, part + 1))
@@ -279,9 +289,10 @@ def among(joinid_B: np.ndarray, joinid_R: np.ndarray) -> np.ndarray:
     return np.append(joinid_R, -1)[place_B] == joinid_B
 
 
-def _inputs(summary: Path, blocks: list[Path], removed: list[Path], n_genes: int) -> str:
+def _inputs(summary: Path, blocks: list[Path], removed: list[Path], n_genes: int, code: str) -> str:
     """What the shards of this part are made from, as a hash."""
-    said = [n_genes, *(sha256(path) for path in (summary, *removed))]
+    # what another version of the code or of pyarrow writes may have other bytes
+    said = [n_genes, code, pa.__version__, *(sha256(path) for path in (summary, *removed))]
     said += [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in map(Path, blocks)]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 

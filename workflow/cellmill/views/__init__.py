@@ -5,8 +5,6 @@ One module an architecture. `pretrain` hides what is to be predicted, every choi
 at any place in it. Nothing is padded: a matrix is the model's last step, if it wants one.
 """
 
-import numpy as np
+from cellmill.memory import keep_freed_memory
 
-np.empty(2**24, np.uint8)
-"""Freed at once, by which glibc learns to keep memory of arrays up to 16 MB instead of giving it back after each one:
-taking it again costs several times what a view computes on it."""
+keep_freed_memory()
