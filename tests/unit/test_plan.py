@@ -314,6 +314,12 @@ def test_the_order_of_shards(demo_census, tmp_path):
     assert np.bincount(order.shard_of("all", order.keys(joinids))).tolist() == [200] * 9 + [137]
 
 
+def test_dense_shards_hold_fewer_cells_of_a_benchmark(demo_census, tmp_path, monkeypatch):
+    monkeypatch.setattr(cutting, "NONZEROS_PER_SHARD", 500_000)
+    summary = plan(demo_census.soma, tmp_path, PANCREAS, "pancreas", cells_per_shard=10**6)
+    assert len(summary["order"]["edges"]["all"]) == -(-summary["nonzeros"] // 500_000) == 8
+
+
 def test_dense_shards_hold_fewer_cells():
     assert cutting.n_shards(65_537, 10**6, 65_536) == 2
     assert cutting.n_shards(65_536, 2**29 + 1, 65_536) == 5

@@ -126,6 +126,7 @@ def plan_cells(
                 "select more"
             )
         splits_U = _assign_splits(scan, cells_U, splits)
+        deep = max(1, -(-nonzeros // cutting.NONZEROS_PER_SHARD))  # shards that so many counts ask for
         planned, joinid_edges = cutting.write_plan(
             passed,
             limits,
@@ -133,7 +134,7 @@ def plan_cells(
             units=scan.units,
             splits_U=splits_U,
             cuts=cutting.cut(edges, nonzeros + cells, blocks),
-            cells_per_shard=cells_per_shard,
+            cells_per_shard=min(cells_per_shard, -(-cells // deep)),
         )
 
     split_rows = _split_summary(scan.units, cells_U, nonzeros_U, splits_U)
