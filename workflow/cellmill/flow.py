@@ -296,6 +296,11 @@ class Flow:
             "tasks": {name: asdict(recipe) for name, recipe in self.run.tasks.items()},
         }
 
+    def corpus_config(self, wildcards=None) -> dict:
+        """The parts of the config that the corpus page depends on."""
+        parts = {"run", "census", "corpus", "datasets"}
+        return self.config.model_dump(mode="json", include=parts, exclude={"census": {"buffer_mb"}})
+
     def command(self, configfiles: list[str]) -> str:
         """The command that makes this run again."""
         return f"snakemake --cores all --configfile {' '.join(str(path) for path in configfiles)}"

@@ -42,7 +42,7 @@ rule corpus_page:
         selections=flow.selections,
         corpora=flow.corpora,
         organisms=flow.organisms,
-        config=flow.resolved,
+        config=flow.corpus_config,
         command=flow.command(workflow.configfiles),
         code=code_version("corpus_page"),
     script:
