@@ -4,8 +4,10 @@ import ast
 import importlib.util
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pandas as pd
+import polars
 import pytest
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.dataset import Shards
@@ -65,7 +67,6 @@ COLUMNS = ["cell_type", "library", "n_genes"]
 
 
 def test_duckdb_reads_the_metadata(folder):
-    duckdb = pytest.importorskip("duckdb")
     asked = f"SELECT cell_type, count(*), sum(n_genes) FROM '{folder}/train-*.parquet' GROUP BY cell_type"
     obs = Shards(folder).obs("train").to_pandas()
     assert {row[0]: row[1:] for row in duckdb.sql(asked).fetchall()} == {
@@ -74,7 +75,6 @@ def test_duckdb_reads_the_metadata(folder):
 
 
 def test_polars_reads_the_metadata(folder):
-    polars = pytest.importorskip("polars")
     frame = polars.read_parquet(folder / "train-*.parquet", columns=COLUMNS)
     assert frame.rows() == [tuple(row.values()) for row in Shards(folder).obs("train", COLUMNS).to_pylist()]
 

@@ -35,8 +35,10 @@ SHUFFLE_NS = 14
 """CPU time of putting one nonzero in its place in its shard."""
 JOB_SECONDS = 2
 """CPU time of starting one job."""
-JOB_MB = 500
+JOB_MB = 450
 """Memory of a job with nothing read."""
+READ_MB = 400
+"""Memory of a read of some million nonzeros, beside its buffers."""
 BUFFERS = 5
 """Read buffers of `census.buffer_mb` that a curating job fills, about, with what it makes of them."""
 SHUFFLE_BYTES_PER_NONZERO = 8
@@ -140,7 +142,7 @@ def n_shards(cells: int, nonzeros: int, cells_per_shard: int) -> int:
 
 def predict_block(nonzeros: int, buffer_mb: int) -> dict:
     """CPU seconds and memory of the job that curates a block."""
-    read_mb = min(BUFFERS * buffer_mb, nonzeros * 40 / 1e6)
+    read_mb = min(READ_MB + BUFFERS * buffer_mb, nonzeros * 40 / 1e6)
     return {"seconds": round(JOB_SECONDS + nonzeros * CURATE_NS / 1e9, 1), "memory_mb": round(JOB_MB + read_mb)}
 
 

@@ -118,7 +118,7 @@ class Loader:
 
     Memory is bounded, whatever the corpus: the window that is served, the next one, which is read meanwhile, and, while
     that is put together, one more copy of its largest column. At 3 bytes a nonzero and row groups of 2,048 cells of
-    1,300 genes a window is 64 MB.
+    1,300 genes a window is 45 MB.
 
     Parameters
     ----------
