@@ -104,6 +104,7 @@ def save_checkpoint(folder: Path, model: CellModel, meta: dict) -> None:
         **meta,
         "sizes": dataclasses.asdict(model.sizes),
         "n_genes": model.n_genes,
+        "categories": model.categories,
         "parameters": parameter_counts(model),
         "vocabulary_hash": vocabulary_hash(meta["feature_ids"]),
         "weights_sha256": sha256(weights),
@@ -137,7 +138,7 @@ def load_checkpoint(folder: Path) -> tuple[CellModel, dict]:
         raise CellmillError(f"{weights} is truncated or not the file that {META} describes; train the model again")
     kind = load_architecture(architecture)
     try:
-        model = kind(kind.Sizes(**sizes), n_genes)
+        model = kind(kind.Sizes(**sizes), n_genes, categories=meta.get("categories"))
         tensors = load_file(weights)
     except (TypeError, SafetensorError) as error:
         raise CellmillError(f"{folder} cannot be read as a {architecture} ({error}); train the model again") from error

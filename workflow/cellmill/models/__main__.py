@@ -21,7 +21,8 @@ def catalogue(n_genes: int) -> list[dict]:
         for preset, sizes in model_class.presets.items():
             genes = model_class.published_genes.get(preset, n_genes)
             with torch.device("meta"):
-                counts = parameter_counts(model_class(sizes, genes))
+                categories = model_class.published_categories.get(preset)
+                counts = parameter_counts(model_class(sizes, genes, categories=categories))
             rows.append({"architecture": name, "preset": preset, "genes": genes, **counts})
     return rows
 

@@ -1,12 +1,14 @@
 """What pretraining, embedding and the tasks ask of an architecture.
 
-Legend: B cells, L tokens, D width, V genes in the vocabulary, E width of a cell's embedding.
+Legend: B cells, L tokens, D width, V genes in the vocabulary, E width of a cell's embedding, Q genes that a cell is
+asked for, N gene tokens of all cells together.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,24 +32,49 @@ def total_loss(terms: Losses) -> Tensor:
     return sum(term.sum / term.count.clamp(min=1) for term in terms.values())
 
 
+class Imputed(NamedTuple):
+    """What a model thinks of genes that it was not shown."""
+
+    values_BQ: Tensor
+    """float32 [B, Q], log1p(CP10k) of the gene if it is detected."""
+    detection_BQ: Tensor
+    """float32 [B, Q], the larger the likelier the gene is detected; in any unit, the same for all cells and genes."""
+
+
+class GeneStates(NamedTuple):
+    """The states of genes in the cells that express them."""
+
+    cells_N: Tensor
+    """int64 [N], row of the cell in the batch."""
+    genes_N: Tensor
+    """int64 [N], vocabulary ids."""
+    states_ND: Tensor
+    """float32 [N, D]."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GeneStatistics:
     """What an architecture may know of the corpus before training: see `cellmill.shards.statistics`.
 
-    Every tensor is [V], over the training cells only; NaN where no training cell expresses the gene.
+    All is over the training cells only. Tensors of genes are [V], NaN where no training cell expresses the gene.
     """
 
     nonzero_cells: Tensor
     median_nonzero_cp10k: Tensor
     mean_log1p_cp10k: Tensor
     std_log1p_cp10k: Tensor
+    median_genes: Tensor = field(default_factory=lambda: torch.tensor(torch.nan))
+    """float32 [], the median number of genes that a cell expresses."""
+    categories: dict[str, list[str]] = field(default_factory=dict)
+    """The values of obs columns, sorted, without those that say nothing (unknown, na)."""
 
 
 class CellModel(nn.Module):
     """Base of every architecture. A module ``cellmill/models/NAME.py`` sets ``MODEL`` to its subclass.
 
     A subclass is built from its sizes (a frozen dataclass), the number of genes and the corpus statistics. What it
-    needs of the statistics it keeps as buffers, so that a checkpoint is complete without the corpus.
+    needs of the statistics it keeps as buffers, so that a checkpoint is complete without the corpus; `categories`, of
+    the `obs_columns`, stand in the checkpoint's JSON and are given back to it.
     """
 
     Sizes: ClassVar[type]
@@ -56,10 +83,20 @@ class CellModel(nn.Module):
     """Sizes by name: the published ones and `demo`."""
     published_genes: ClassVar[dict[str, int]] = {}
     """Number of genes in the vocabulary that each published preset was trained with."""
+    published_categories: ClassVar[dict[str, dict[str, list[str]]]] = {}
+    """Values of obs columns that a published preset was trained with, where it knows any."""
+    obs_columns: ClassVar[tuple[str, ...]] = ()
+    """obs columns whose values training learns from; their codes are then in ``cells.codes``."""
     poolings: tuple[str, ...]
     """Ways to read a cell's embedding, the paper's own first; a class holds those of all its presets."""
 
-    def __init__(self, sizes, n_genes: int, statistics: GeneStatistics | None = None):
+    def __init__(
+        self,
+        sizes,
+        n_genes: int,
+        statistics: GeneStatistics | None = None,
+        categories: dict[str, list[str]] | None = None,
+    ):
         super().__init__()
         if statistics is not None and len(statistics.nonzero_cells) != n_genes:
             raise CellmillError(
@@ -68,6 +105,9 @@ class CellModel(nn.Module):
             )
         self.sizes = sizes
         self.n_genes = n_genes
+        if categories is None:
+            categories = statistics.categories if statistics else {}
+        self.categories = {column: categories[column] for column in self.obs_columns if column in categories}
 
     def pretrain_inputs(self, cells: CellBatch, *, seed: int, step: int | None) -> Inputs:
         """The view for training: model inputs and targets, every random choice keyed by (seed, step, joinid, gene).
@@ -100,6 +140,26 @@ class CellModel(nn.Module):
 
     def embed_genes(self) -> Tensor:
         """Static gene embeddings, float32 [V, D]."""
+        raise NotImplementedError
+
+    def gene_states(self, inputs: Inputs) -> GeneStates:
+        """Contextual gene embeddings from `embed_inputs`: the last states of the genes that each cell expresses."""
+        raise NotImplementedError
+
+    def impute_inputs(self, cells: CellBatch, genes_BQ: np.ndarray) -> Inputs:
+        """The view for asking after genes that the cells do not show; deterministic, independent of other cells.
+
+        Parameters
+        ----------
+        cells
+            What is visible: the hidden genes stand in no array, and `totals` are those of the whole cells.
+        genes_BQ
+            int64 [B, Q], vocabulary ids to be asked for, none of them visible: hidden genes and true zeros alike.
+        """
+        raise NotImplementedError
+
+    def impute(self, inputs: Inputs) -> Imputed:
+        """What the model thinks of the genes of `impute_inputs`, by the output that its objective trained."""
         raise NotImplementedError
 
     def fit_trivial(self, batches: Iterable[CellBatch]) -> Tensor:

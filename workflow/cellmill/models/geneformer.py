@@ -97,8 +97,8 @@ class Geneformer(CellModel):
     published_genes: ClassVar[dict[str, int]] = {"v1-10m": 25424, "v2-104m": 20271, "v2-316m": 20271}
     poolings = ("mean", "cls")
 
-    def __init__(self, sizes: Sizes, n_genes: int, statistics: GeneStatistics | None = None):
-        super().__init__(sizes, n_genes, statistics)
+    def __init__(self, sizes: Sizes, n_genes: int, statistics: GeneStatistics | None = None, categories=None):
+        super().__init__(sizes, n_genes, statistics, categories)
         self.n_specials = 2 if sizes.version == "V1" else 4
         self.poolings = ("mean",) if sizes.version == "V1" else ("cls", "mean")
         n_tokens = n_genes + self.n_specials

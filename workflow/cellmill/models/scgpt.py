@@ -125,8 +125,8 @@ class Scgpt(CellModel):
     published_genes: ClassVar[dict[str, int]] = {"whole-human": 60694}
     poolings = ("cls",)
 
-    def __init__(self, sizes: Sizes, n_genes: int, statistics: GeneStatistics | None = None):
-        super().__init__(sizes, n_genes, statistics)
+    def __init__(self, sizes: Sizes, n_genes: int, statistics: GeneStatistics | None = None, categories=None):
+        super().__init__(sizes, n_genes, statistics, categories)
         self.pad, self.cls = n_genes, n_genes + 1
         width = sizes.width
         self.gene_embedding = nn.Embedding(n_genes + N_SPECIALS, width, padding_idx=self.pad)

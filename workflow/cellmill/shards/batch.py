@@ -3,7 +3,7 @@
 Legend: B cells, N nonzeros of all cells together, V genes in the vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,6 +24,9 @@ class CellBatch:
         int32 [N], raw counts, all at least 1.
     totals
         int64 [B], the cell's raw counts summed over all measured genes, also those outside the vocabulary.
+    codes
+        int32 [B] for each obs column that was asked for: the value's place in the categories that were given, -1 for
+        a value that is not among them.
     """
 
     joinids: np.ndarray
@@ -31,6 +34,7 @@ class CellBatch:
     genes: np.ndarray
     counts: np.ndarray
     totals: np.ndarray
+    codes: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.joinids)
@@ -55,6 +59,7 @@ class CellBatch:
             genes=self.genes[within],
             counts=self.counts[within],
             totals=self.totals[start:stop],
+            codes={column: codes_B[start:stop] for column, codes_B in self.codes.items()},
         )
 
     def take(self, rows: np.ndarray) -> "CellBatch":
@@ -64,7 +69,8 @@ class CellBatch:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         # position of every kept nonzero: the start of its cell in self, plus its place within the cell
         index = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return CellBatch(self.joinids[rows], offsets, self.genes[index], self.counts[index], self.totals[rows])
+        codes = {column: codes_B[rows] for column, codes_B in self.codes.items()}
+        return CellBatch(self.joinids[rows], offsets, self.genes[index], self.counts[index], self.totals[rows], codes)
 
     @staticmethod
     def concatenate(batches: list["CellBatch"]) -> "CellBatch":
@@ -76,4 +82,5 @@ class CellBatch:
             genes=np.concatenate([b.genes for b in batches]),
             counts=np.concatenate([b.counts for b in batches]),
             totals=np.concatenate([b.totals for b in batches]),
+            codes={column: np.concatenate([b.codes[column] for b in batches]) for column in batches[0].codes},
         )

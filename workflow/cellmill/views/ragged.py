@@ -146,7 +146,7 @@ def select(cells: CellBatch, kept_N: np.ndarray) -> CellBatch:
     if len(index_M) == len(kept_N):
         return cells
     offsets = np.searchsorted(index_M, cells.offsets)
-    return CellBatch(cells.joinids, offsets, cells.genes[index_M], cells.counts[index_M], cells.totals)
+    return CellBatch(cells.joinids, offsets, cells.genes[index_M], cells.counts[index_M], cells.totals, cells.codes)
 
 
 def join(parts: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
