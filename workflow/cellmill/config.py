@@ -383,6 +383,14 @@ def check_paths(run: Run) -> None:
         )
     files = {f"census.gene_tables.{organism}": path for organism, path in census.gene_tables.items()}
     files["corpus.orthologs"] = run.config.corpus.orthologs
+    for name, recipe in run.models.items():
+        if recipe.released:
+            files[f"released.genes of model {name}"] = recipe.released.genes
+            if not Path(recipe.released.path.partition("#")[0]).exists():
+                raise CellmillError(
+                    f"model '{name}': released.path is '{recipe.released.path}', which does not exist (seen from "
+                    f"{Path.cwd()}); name the published file or folder"
+                )
     for key, path in files.items():
         if path and not Path(path).is_file():
             raise CellmillError(
@@ -402,12 +410,18 @@ def check_names(run: Run) -> None:
         For the first name or setting that does not exist.
     """
     from cellmill.models import load_architecture, resolve_sizes
+    from cellmill.released import LAYOUTS
     from cellmill.tasks import load_task
     from cellmill.tasks.baselines import BASELINES
 
     for name, recipe in run.models.items():
         architecture = load_architecture(recipe.architecture)
-        resolve_sizes(architecture, recipe.preset, recipe.sizes)
+        if recipe.released is None:
+            resolve_sizes(architecture, recipe.preset, recipe.sizes)
+        elif recipe.architecture not in LAYOUTS:
+            raise CellmillError(
+                f"model '{name}': there is no released layout of {recipe.architecture}; take {', '.join(LAYOUTS)}"
+            )
         pooling = recipe.embedding.pooling
         if pooling is not None and pooling not in architecture.poolings:
             known = ", ".join(architecture.poolings)

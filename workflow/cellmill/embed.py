@@ -11,6 +11,7 @@ import torch
 from cellmill.device import best_device
 from cellmill.errors import CellmillError
 from cellmill.files import atomic, sha256
+from cellmill.gene_map import GeneMap
 from cellmill.models.base import CellModel, to_device
 from cellmill.progress import Progress
 from cellmill.shards.dataset import Shards
@@ -25,6 +26,7 @@ def embed_shards(
     batch_size: int,
     pooling: str | None = None,
     progress: bool = True,
+    gene_map: GeneMap | None = None,
 ) -> np.ndarray:
     """Embed every cell of a split, in evaluation mode and float32.
 
@@ -36,13 +38,16 @@ def embed_shards(
     model
         Moved to `cellmill.device.best_device`; its mode is left as it was.
     shards, split
-        The cells, with the vocabulary that the model was trained on (``shards.check_vocabulary``).
+        The cells, with the vocabulary that the model was trained on (``shards.check_vocabulary``), or any with a
+        `gene_map`.
     batch_size
         Cells per forward pass.
     pooling
         One of the architecture's poolings; by default its paper's own.
     progress
         False keeps silent.
+    gene_map
+        From the genes of the shards to those of the model, if it has a vocabulary of its own.
 
     Returns
     -------
@@ -54,7 +59,7 @@ def embed_shards(
     CellmillError
         If the numbers of genes differ, the split has no cells, or an embedding is not finite.
     """
-    if shards.n_genes != model.n_genes:
+    if gene_map is None and shards.n_genes != model.n_genes:
         raise CellmillError(
             f"{shards.folder} has {shards.n_genes} genes and the model {model.n_genes}; "
             "shard the cells with the vocabulary that the model was trained on"
@@ -71,6 +76,8 @@ def embed_shards(
         for chunk in shards.batches(split, batch_size * BATCHES_SORTED_TOGETHER):
             order = np.argsort(-chunk.lengths, kind="stable")
             parts = []
+            if gene_map:
+                chunk = gene_map.apply(chunk)
             for i in range(0, len(chunk), batch_size):
                 inputs = model.embed_inputs(chunk.take(order[i : i + batch_size]))
                 parts.append(model.embed_cells(to_device(inputs, device), pooling).float())
@@ -92,7 +99,7 @@ def _check_finite(x_BE: np.ndarray, joinids: np.ndarray, folder: Path) -> None:
         )
 
 
-def seen(trained_on: list[str], shards: Shards, split: str = "all", *, primary_only: bool = True) -> str:
+def seen(trained_on: list[str] | None, shards: Shards, split: str = "all", *, primary_only: bool = True) -> str:
     """Whether cells of a split entered a model's pretraining: "yes" if one of its data sets did, else "no".
 
     A cell may stand in several data sets, but is primary in one of them at most. Where corpus and split do not both
@@ -101,12 +108,14 @@ def seen(trained_on: list[str], shards: Shards, split: str = "all", *, primary_o
     Parameters
     ----------
     trained_on
-        dataset_id of every data set of the corpus (``checkpoint.json``, ``datasets``).
+        dataset_id of every data set of the corpus (``checkpoint.json``, ``datasets``); None if nobody knows.
     shards, split
         The cells to be embedded.
     primary_only
         Whether the corpus holds primary cells only.
     """
+    if trained_on is None:
+        return "unknown"
     if not shards.datasets(split).isdisjoint(trained_on):
         return "yes"
     return "no" if not trained_on or (primary_only and shards.primary_only) else "unknown"
@@ -120,7 +129,7 @@ def embed_and_write(
     model: str,
     kind: str,
     seed: int,
-    trained_on: list[str],
+    trained_on: list[str] | None,
     primary_only: bool = True,
     checkpoint: str | None = None,
 ) -> None:

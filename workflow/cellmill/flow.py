@@ -31,6 +31,7 @@ class Flow:
         self.name = run.config.run
         self.results = f"results/{self.name}"
         self.models = list(run.models)
+        self.trained = [name for name, recipe in run.models.items() if recipe.released is None]
         self.seeds = run.config.seeds
         first, *others = run.config.corpus.organisms
         self.organism_of = {"corpus": first} | {f"corpus-{organism}": organism for organism in others}
@@ -140,9 +141,35 @@ class Flow:
         """The embeddings that one scoring job weighs: a model and its twin, all baselines, or all controls."""
         members = {"baselines": self.config.baselines, "controls": CONTROLS}
         method = wildcards.method
-        names = members.get(method, [method, f"{method}.untrained"])
         folder = f"{self.results}/embed/{wildcards.dataset}"
+        if method in self.models and method not in self.trained:  # released weights know no seed, and have no twin
+            return [f"{folder}/{method}/seed{self.seeds[0]}.npy"]
+        names = members.get(method, [method, f"{method}.untrained"])
         return [f"{folder}/{name}/seed{seed}.npy" for name in names for seed in self.seeds]
+
+    def checkpoint(self, wildcards) -> str:
+        """The weights that a model embeds with: trained here, or released."""
+        return f"{self._checkpoint_folder(wildcards)}/checkpoint.safetensors"
+
+    def checkpoint_meta(self, wildcards) -> str:
+        """The description of those weights."""
+        return f"{self._checkpoint_folder(wildcards)}/checkpoint.json"
+
+    def _checkpoint_folder(self, wildcards) -> str:
+        if wildcards.model in self.trained:
+            return f"{self.results}/pretrain/{wildcards.model}/seed{wildcards.seed}"
+        return f"{self.results}/released/{wildcards.model}"
+
+    def foreign_vocabulary(self, wildcards) -> list[str]:
+        """The vocabulary of the cells, from which genes are mapped to those of a released model."""
+        return [] if wildcards.model in self.trained else [self.vocabulary]
+
+    def released_files(self, wildcards) -> list[str]:
+        """The published files of a released model."""
+        released = self.run.models[wildcards.model].released
+        path = Path(released.path.partition("#")[0])
+        files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+        return [str(file) for file in files] + ([released.genes] if released.genes else [])
 
     def checkpoints(self, wildcards) -> list[str]:
         """The checkpoints of a model, one per seed."""
@@ -152,21 +179,24 @@ class Flow:
     def score_tables(self, wildcards=None) -> list[str]:
         """Every part of the score table."""
         folder = f"{self.results}/scores"
-        pretraining = [f"{folder}/pretraining/corpus/{model}.parquet" for model in self.models]
-        return pretraining + [
+        pretraining = [f"{folder}/pretraining/corpus/{model}.parquet" for model in self.trained]
+        asked = [*self.trained, "baselines"] if self.trained else []
+        yardstick = [f"{folder}/yardstick/corpus/{method}.parquet" for method in asked]
+        benchmarks = [
             f"{folder}/{task}/{dataset}/{method}.parquet"
             for task in self.tasks
             for dataset in self.datasets
             for method in self.methods
         ]
+        return pretraining + yardstick + benchmarks
 
     def logs(self, wildcards=None) -> list[str]:
         """The training logs of all models and seeds."""
-        return [f"{self.results}/pretrain/{m}/seed{s}/log.parquet" for m in self.models for s in self.seeds]
+        return [f"{self.results}/pretrain/{m}/seed{s}/log.parquet" for m in self.trained for s in self.seeds]
 
     def first_embeddings(self, wildcards=None) -> list[str]:
         """One embedding of every embedder and data set, for the maps of the report."""
-        names = [*self.models, *(f"{m}.untrained" for m in self.models), *self.config.baselines]
+        names = [*self.models, *(f"{m}.untrained" for m in self.trained), *self.config.baselines]
         return [f"{self.results}/embed/{d}/{name}/seed{self.seeds[0]}.npy" for d in self.datasets for name in names]
 
     # --- parameters ---------------------------------------------------------------------------------------------------
@@ -224,8 +254,15 @@ class Flow:
     def recipe(self, wildcards) -> dict:
         """All that a model is trained by (not how its embeddings are read)."""
         recipe = asdict(self.run.models[wildcards.model])
-        recipe.pop("embedding")
-        return recipe
+        return {key: recipe[key] for key in ("architecture", "preset", "sizes", "training")}
+
+    def architecture(self, wildcards) -> str:
+        """The architecture of a model."""
+        return self.run.models[wildcards.model].architecture
+
+    def released_weights(self, wildcards) -> dict:
+        """Where the weights of a released model are."""
+        return asdict(self.run.models[wildcards.model].released)
 
     def sizes(self, wildcards) -> dict:
         """What an untrained model depends on."""
@@ -244,6 +281,11 @@ class Flow:
         """Code version of training a model."""
         return code_version("pretrain", self._architecture_file(wildcards))
 
+    def import_code(self, wildcards) -> str:
+        """Code version of reading released weights."""
+        name = self.architecture(wildcards)
+        return code_version("import_released", self._architecture_file(wildcards), f"released/{name}.py")
+
     def embed_code(self, wildcards) -> str:
         """Code version of embedding with a model."""
         return code_version("embed_model", self._architecture_file(wildcards))
@@ -255,6 +297,10 @@ class Flow:
     def score_pretraining_code(self, wildcards) -> str:
         """Code version of a model's held-out losses."""
         return code_version("score_pretraining", self._architecture_file(wildcards))
+
+    def score_yardstick_code(self, wildcards) -> str:
+        """Code version of asking a model for hidden genes."""
+        return code_version("score_yardstick", self._architecture_file(wildcards))
 
     def score_code(self, wildcards) -> str:
         """Code version of a task."""

@@ -5,6 +5,7 @@ classes (types and the bounds in ``metadata``) before any job starts.
 """
 
 from dataclasses import dataclass, field
+from os.path import expandvars
 from typing import Literal
 
 
@@ -65,6 +66,25 @@ class Embedding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Released:
+    """Published weights that stand in for training."""
+
+    path: str = field(
+        metadata={
+            "description": "File or folder of the weights, in the layout that their authors published (docs/released.md); "
+            "variables such as $CELLMILL_DATA are expanded."
+        }
+    )
+    genes: str | None = field(
+        default=None, metadata={"description": "The ordered list of genes, where it does not lie beside the weights."}
+    )
+
+    def __post_init__(self):
+        object.__setattr__(self, "path", expandvars(self.path))
+        object.__setattr__(self, "genes", self.genes and expandvars(self.genes))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelRecipe:
     """One model of a run: ``config/models/NAME.yaml``."""
 
@@ -77,9 +97,13 @@ class ModelRecipe:
     )
     training: Training = field(default_factory=Training, metadata={"description": "How it is trained."})
     embedding: Embedding = field(default_factory=Embedding, metadata={"description": "How embeddings are read."})
+    released: Released | None = field(
+        default=None,
+        metadata={"description": "Published weights: nothing is trained, and preset, sizes and training are not used."},
+    )
 
     @classmethod
     def from_dict(cls, content: dict) -> "ModelRecipe":
         """The recipe from plain data, as it stands in a job's parameters or in a checkpoint's JSON."""
-        parts = {"training": Training, "embedding": Embedding}
-        return cls(**{key: parts[key](**value) if key in parts else value for key, value in content.items()})
+        parts = {"training": Training, "embedding": Embedding, "released": Released}
+        return cls(**{key: parts[key](**value) if key in parts and value else value for key, value in content.items()})

@@ -4,8 +4,9 @@
 rule embed_model:
     input:
         shards="results/{run}/shards/{cells}",
-        weights="results/{run}/pretrain/{model}/seed{seed}/checkpoint.safetensors",
-        meta="results/{run}/pretrain/{model}/seed{seed}/checkpoint.json",
+        weights=flow.checkpoint,
+        meta=flow.checkpoint_meta,
+        vocabulary=flow.foreign_vocabulary,
     output:
         embedding="results/{run}/embed/{cells}/{model}/seed{seed}.npy",
         meta="results/{run}/embed/{cells}/{model}/seed{seed}.json",

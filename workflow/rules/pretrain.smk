@@ -1,5 +1,5 @@
 # One training run per model and seed. State to go on from after a kill lies in a folder that is not declared here,
-# since Snakemake deletes the outputs of a failed job.
+# since Snakemake deletes the outputs of a failed job. Published weights are read instead of trained.
 
 
 rule pretrain:
@@ -26,3 +26,25 @@ rule pretrain:
         code=flow.pretrain_code,
     script:
         "../scripts/pretrain.py"
+
+
+rule import_released:
+    input:
+        flow.released_files,
+    output:
+        weights="results/{run}/released/{model}/checkpoint.safetensors",
+        meta="results/{run}/released/{model}/checkpoint.json",
+    log:
+        "results/{run}/logs/import_released/{model}.log",
+    benchmark:
+        "results/{run}/benchmarks/import_released/{model}.tsv"
+    conda:
+        "../../envs/train.yaml"
+    resources:
+        mem_mb=8000,
+    params:
+        architecture=flow.architecture,
+        released=flow.released_weights,
+        code=flow.import_code,
+    script:
+        "../scripts/import_released.py"

@@ -6,7 +6,9 @@
 import importlib
 from pathlib import Path
 
+from cellmill.checkpoints import save_checkpoint
 from cellmill.errors import CellmillError
+from cellmill.files import sha256
 from cellmill.released.files import Released
 
 LAYOUTS = ("scgpt", "scfoundation", "geneformer", "exceiver", "scmulan")
@@ -30,6 +32,27 @@ def read_released(architecture: str, path: Path, genes: Path | None = None) -> R
         If there is no such layout, a file is missing, damaged, foreign or malicious, or does not fit the others.
     """
     return _layout(architecture).read(Path(path), genes=None if genes is None else Path(genes))
+
+
+def import_released(name: str, architecture: str, path: Path, genes: Path | None, out: Path) -> list[str]:
+    """Write a released checkpoint as one of ours into `out`; returns what was tolerated.
+
+    Its cells are unknown, so every benchmark is marked as "unknown" whether seen.
+    """
+    released = read_released(architecture, path, genes)
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    meta = {
+        "name": name,
+        "seed": 0,
+        "recipe": {"architecture": architecture, "preset": "released", "sizes": {}},
+        "feature_ids": released.genes,
+        "released": {"files": {file.name: sha256(file) for file in files}, "remarks": released.remarks},
+        "datasets": None,
+        "primary_only": False,
+    }
+    save_checkpoint(Path(out), released.model, meta)
+    return released.remarks
 
 
 def write_released(architecture: str, model, meta: dict, out: Path) -> None:
