@@ -111,6 +111,37 @@ def models():
     list_models([])
 
 
+@app.command()
+def import_released(
+    architecture: Annotated[str, typer.Argument(help="scgpt, scfoundation, geneformer, exceiver or scmulan.")],
+    path: Annotated[Path, typer.Argument(help="File or folder of the weights, as published.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write checkpoint.safetensors and checkpoint.json to.")],
+    genes: Annotated[
+        Path | None, typer.Option(help="The ordered list of genes, where it does not lie beside the weights.")
+    ] = None,
+):
+    """Read published weights, without running any code of theirs, and write them as a checkpoint of cellmill."""
+    from cellmill.released import import_released as read
+
+    for remark in read(path.stem, architecture, path, genes, out):
+        print(f"remark: {remark}")
+    print(f"{out} is ready; docs/released.md says how a run puts it beside its own models")
+
+
+@app.command()
+def export_released(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of checkpoint.safetensors and checkpoint.json.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the published layout's files to.")],
+):
+    """Write a checkpoint of cellmill in the layout that its architecture's authors published."""
+    from cellmill.checkpoints import load_checkpoint
+    from cellmill.released import write_released
+
+    model, meta = load_checkpoint(checkpoint)
+    write_released(meta["recipe"]["architecture"], model, meta, out)
+    print(f"{out} is ready")
+
+
 def main() -> None:
     """Entry point: a `CellmillError` is printed as its one sentence and ends with status 1."""
     try:

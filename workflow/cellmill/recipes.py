@@ -71,8 +71,8 @@ class Released:
 
     path: str = field(
         metadata={
-            "description": "File or folder of the weights, in the layout that their authors published (docs/released.md); "
-            "variables such as $CELLMILL_DATA are expanded."
+            "description": "File or folder of the weights, in the layout that their authors published "
+            "(docs/released.md); variables such as $CELLMILL_DATA are expanded."
         }
     )
     genes: str | None = field(
