@@ -31,14 +31,25 @@ def statistics_of_medians(medians) -> GeneStatistics:
 
 
 def real_statistics(cells: CellBatch, n_genes: int) -> GeneStatistics:
-    """Exact nonzero medians of `cells`."""
+    """Exact statistics of `cells`, without categories."""
     cp10k = cells.counts / cells.totals[cells.cell_of] * 1e4
+    log1p = np.log1p(cp10k)
+    nonzero = np.bincount(cells.genes, minlength=n_genes)
+    mean = np.bincount(cells.genes, log1p, n_genes) / len(cells)
+    square = np.bincount(cells.genes, log1p**2, n_genes) / len(cells)
     medians = np.full(n_genes, np.nan)
     order = np.argsort(cells.genes, kind="stable")
     genes, starts = np.unique(cells.genes[order], return_index=True)
     for gene, values in zip(genes, np.split(cp10k[order], starts[1:]), strict=True):
         medians[gene] = np.median(values)
-    return statistics_of_medians(medians)
+    seen = np.where(nonzero, 1.0, np.nan)
+    return GeneStatistics(
+        nonzero_cells=torch.from_numpy(nonzero),
+        median_nonzero_cp10k=torch.from_numpy(medians).float(),
+        mean_log1p_cp10k=torch.from_numpy(mean * seen).float(),
+        std_log1p_cp10k=torch.from_numpy(np.sqrt(np.maximum(square - mean**2, 0)) * seen).float(),
+        median_genes=torch.tensor(np.median(cells.lengths), dtype=torch.float32),
+    )
 
 
 def assert_cells_are_independent(model, cells: CellBatch, n_checked: int) -> None:

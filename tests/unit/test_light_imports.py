@@ -87,8 +87,8 @@ from cellmill.shards.statistics import compute_statistics
 shards = Shards(sys.argv[1])
 shards.obs("train")
 compute_statistics(shards)
-with Loader(shards, "train", 8, seed=0) as loader:
-    next(loader)
+with Loader(shards, "train", 8, seed=0, categories={"cell_type": ["unknown"]}) as loader:
+    assert not next(loader).codes["cell_type"].any()
 assert not {"pandas", "scipy", "rich"} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=300)

@@ -15,8 +15,9 @@ from cellmill.checkpoints import build_model, load_checkpoint
 from cellmill.errors import CellmillError
 from cellmill.evaluate_loss import held_out_losses, spread_batches, trivial_held_out
 from cellmill.files import sha256
+from cellmill.models.geneformer import Geneformer
 from cellmill.optimizer import learning_rate, parameter_groups
-from cellmill.pretrain import accumulate_gradients, pretrain
+from cellmill.pretrain import _fingerprint, accumulate_gradients, pretrain
 from cellmill.recipes import Training
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.statistics import compute_statistics
@@ -174,6 +175,38 @@ def test_a_corpus_without_held_out_cells_trains(data, tmp_path):
     shards = make_shards(tmp_path / "shards", data, {"train": np.arange(40)}, cells_per_shard=40)
     train(shards, "geneformer", tmp_path / "out", tmp_path / "state", steps=2)
     assert {split for _, split, _ in read_log(tmp_path / "out")} == {"train"}
+
+
+def test_a_model_that_learns_from_categories_gets_their_codes(corpus, statistics, tmp_path, monkeypatch):
+    seen = []
+    ours = Geneformer.pretrain_inputs
+    monkeypatch.setattr(Geneformer, "obs_columns", ("cell_type", "sex"))
+    monkeypatch.setattr(Geneformer, "pretrain_inputs", lambda *a, **k: seen.append((k["step"], a[1])) or ours(*a, **k))
+    train(corpus, "geneformer", tmp_path / "out", tmp_path / "state", steps=2, micro_batch_size=3)
+    model, _ = load_checkpoint(tmp_path / "out")
+    assert model.categories == {"cell_type": statistics.categories["cell_type"], "sex": []}
+    held_out_losses(model, corpus, "validation", 50, seed=0)
+    monkeypatch.setattr(
+        model, "fit_trivial", lambda batches: seen.extend((0, c) for c in batches) or torch.zeros(N_GENES)
+    )
+    trivial_held_out(model, corpus, "train", "validation", 50, seed=0)
+    assert {step for step, _ in seen} == {0, 1, None}
+    for split in ("train", "validation"):
+        obs = corpus.obs(split)
+        type_of = dict(zip(obs["soma_joinid"].to_pylist(), obs["cell_type"].to_pylist(), strict=True))
+        batches = [cells for _, cells in seen if cells.joinids[0] in type_of]
+        assert len(batches) > 5
+        for cells in batches:
+            known, types = model.categories["cell_type"], [type_of[joinid] for joinid in cells.joinids]
+            assert cells.codes["cell_type"].tolist() == [known.index(t) if t in known else -1 for t in types]
+            assert (cells.codes["sex"] == -1).all()
+
+
+def test_other_categories_make_an_older_state_unusable(corpus, statistics):
+    other = replace(statistics, categories=statistics.categories | {"sex": ["female"]})
+    a, b = (_fingerprint(corpus, s, RECIPES["scgpt"], 0, META) for s in (statistics, other))
+    assert a != b
+    assert a == _fingerprint(corpus, replace(statistics), RECIPES["scgpt"], 0, META)
 
 
 def test_another_vocabulary_is_refused(corpus, statistics, tmp_path):

@@ -101,7 +101,7 @@ def test_resume_anywhere(shards, batch_size):
 
 def test_resume_reads_two_windows_at_most(shards, monkeypatch):
     read = []
-    monkeypatch.setattr(shards, "read_packed", lambda group: read.append(group) or Shards.read_packed(shards, group))
+    monkeypatch.setattr(shards, "read_packed", lambda *group: read.append(group) or Shards.read_packed(shards, *group))
     with Loader(shards, "train", 16, seed=0) as loader:
         loader.load_state_dict({"epoch": 4, "position": 600})
         next(loader)
@@ -146,11 +146,11 @@ def test_an_error_of_the_thread_reaches_the_caller_and_the_thread_ends(shards, m
     before = threading.active_count()
     served = []
 
-    def read(group):
+    def read(*group):
         if len(served) >= WINDOW:
             raise CellmillError("shard is corrupt")
         served.append(group)
-        return Shards.read_packed(shards, group)
+        return Shards.read_packed(shards, *group)
 
     monkeypatch.setattr(shards, "read_packed", read)
     with Loader(shards, "train", 16, seed=0) as loader:
@@ -246,3 +246,50 @@ def test_a_forgotten_loader_ends_its_thread(shards):
             return
         time.sleep(0.02)
     raise AssertionError("the reading thread still runs")
+
+
+@pytest.fixture(scope="module")
+def typed(data, tmp_path_factory):
+    """Pancreas cells in many row groups, the dictionaries of two shards; three cells have no cell type."""
+    cells, obs = real_cells(data, "baron_h1")
+    types = obs["cell_type"].to_pylist()
+    types[5] = types[250] = types[399] = None
+    obs = obs.set_column(obs.schema.get_field_index("cell_type"), "cell_type", pa.array(types))
+    cells, obs, types = cells.slice(0, 400), obs[:400], np.array(types[:400], dtype=object)
+    folder = tmp_path_factory.mktemp("typed") / "shards"
+    splits = {"train": (cells, obs)}
+    return Shards(write_shards(folder, splits, n_genes=20_125, cells_per_shard=210, row_group=16)), types
+
+
+def test_codes_of_categories(typed):
+    shards, types = typed
+    known = sorted(set(types) - {None, "beta"}, reverse=True)
+    categories = {"cell_type": known, "dataset_id": ["other", "baron_h1"], "sex": []}
+
+    def check(batch):
+        assert set(batch.codes) == set(categories)
+        assert {codes.dtype for codes in batch.codes.values()} == {np.dtype(np.int32)}
+        expected = [known.index(t) if t in known else -1 for t in types[batch.joinids]]
+        assert np.array_equal(batch.codes["cell_type"], expected)
+        assert (batch.codes["dataset_id"] == 1).all()
+        assert (batch.codes["sex"] == -1).all()
+        return expected
+
+    codes = sum([check(batch) for batch in shards.batches("train", 33, 7, categories)], [])
+    assert len(codes) == 393
+    assert set(codes) == {-1, *range(len(known))}
+    with Loader(shards, "train", 48, seed=1, categories=categories) as loader:
+        served = take(loader, 20)
+        assert len({code for batch in served for code in check(batch)}) == len(known) + 1
+    for rank in (0, 1):
+        with Loader(shards, "train", 48, seed=1, rank=rank, world=2, categories=categories) as loader:
+            check(next(loader))
+    assert next(shards.batches("train", 8)).codes == {}
+
+
+def test_wrong_categories_are_named(typed):
+    shards, _ = typed
+    with pytest.raises(CellmillError, match=r"train-00000\.parquet has no column colour; it has soma_joinid"):
+        next(shards.batches("train", 8, categories={"colour": []}))
+    with pytest.raises(CellmillError, match="column total_counts of shard .* holds no text"):
+        next(shards.batches("train", 8, categories={"total_counts": []}))

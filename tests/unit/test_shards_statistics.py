@@ -1,12 +1,10 @@
-from dataclasses import fields
-
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from cellmill.errors import CellmillError
-from cellmill.models.base import GeneStatistics
 from cellmill.shards.dataset import Shards
-from cellmill.shards.statistics import MEDIAN_ERROR, compute_statistics, load_statistics, save_statistics
+from cellmill.shards.statistics import CATEGORIES, MEDIAN_ERROR, compute_statistics, load_statistics, save_statistics
 from shard_cells import HASH, real_cells, write_shards
 
 
@@ -18,7 +16,14 @@ def cells_obs(data):
 @pytest.fixture(scope="module")
 def statistics(cells_obs, tmp_path_factory):
     cells, obs = cells_obs
-    splits = {"train": cells_obs, "empty": (cells.take([]), obs[:0])}
+    held_out = obs[:9].set_column(
+        obs.schema.get_field_index("cell_type"), "cell_type", pa.array(["of no training cell"] * 9)
+    )
+    splits = {
+        "train": cells_obs,
+        "validation": (cells.take(np.arange(9)), held_out),
+        "empty": (cells.take([]), obs[:0]),
+    }
     folder = tmp_path_factory.mktemp("statistics") / "shards"
     shards = Shards(write_shards(folder, splits, n_genes=20_125, cells_per_shard=800, row_group=300))
     with pytest.raises(CellmillError, match="split 'empty' of .* has no cells"):
@@ -51,16 +56,26 @@ def test_against_the_dense_matrix(statistics, cells_obs):
     assert rare.sum() > 100
 
 
+def test_of_the_training_cells(statistics, cells_obs):
+    cells, obs = cells_obs
+    assert statistics.median_genes.dtype == torch.float32
+    assert statistics.median_genes == np.median(cells.lengths)
+    types = sorted(set(obs["cell_type"].to_pylist()))
+    assert len(types) > 3
+    assert statistics.categories == {column: types if column == "cell_type" else [] for column in CATEGORIES}
+
+
 def test_save_and_load(statistics, tmp_path):
     path = tmp_path / "statistics.safetensors"
     save_statistics(path, statistics, HASH)
     save_statistics(tmp_path / "again", statistics, HASH)
     assert path.read_bytes() == (tmp_path / "again").read_bytes()
     loaded = load_statistics(path, HASH)
-    for field in fields(GeneStatistics):
-        torch.testing.assert_close(
-            getattr(loaded, field.name), getattr(statistics, field.name), rtol=0, atol=0, equal_nan=True
-        )
+    for name, value in vars(statistics).items():
+        if name == "categories":
+            assert loaded.categories == value
+        else:
+            torch.testing.assert_close(getattr(loaded, name), value, rtol=0, atol=0, equal_nan=True)
     load_statistics(path)
     with pytest.raises(CellmillError, match=f"of the vocabulary {HASH}, but abc is expected"):
         load_statistics(path, "abc")

@@ -55,7 +55,7 @@ def held_out_losses(
         If the split holds no cells, or a loss is not finite.
     """
     model.to(best_device())
-    batches = spread_batches(shards, split, batch_size, max_cells)
+    batches = spread_batches(shards, split, batch_size, max_cells, model.categories)
     return _finite(mean_losses(model, batches, seed, draws=draws), "the model")
 
 
@@ -75,10 +75,11 @@ def trivial_held_out(
     """
     device = best_device()
     model.to(device)
-    trivial = model.fit_trivial(spread_batches(shards, train_split, batch_size, TRIVIAL_CELLS)).to(device)
+    known = spread_batches(shards, train_split, batch_size, TRIVIAL_CELLS, model.categories)
+    trivial = model.fit_trivial(known).to(device)
     sums = TermSums()
     with torch.inference_mode():
-        for batch in spread_batches(shards, split, batch_size, max_cells):
+        for batch in spread_batches(shards, split, batch_size, max_cells, model.categories):
             for draw in range(draws):
                 inputs = _inputs(model, batch, seed + draw, device)
                 sums.add(model.trivial_losses(inputs, trivial), 0 if draw else len(batch))
@@ -125,23 +126,30 @@ class TermSums:
         return {"loss": sum(terms.values()), **terms, "cells": self._cells}
 
 
-def spread_batches(shards: Shards, split: str, batch_size: int, max_cells: int | None = None) -> Iterator[CellBatch]:
+def spread_batches(
+    shards: Shards,
+    split: str,
+    batch_size: int,
+    max_cells: int | None = None,
+    categories: dict[str, list[str]] | None = None,
+) -> Iterator[CellBatch]:
     """Batches of `batch_size` cells in shard order: all of a split, or `max_cells` in batches evenly spread over it.
 
     A corpus's shards are shuffled, so any run of neighbours is a random sample, and only what is yielded is read.
+    The batches carry the codes of the obs columns `categories`: see `CellBatch.codes`.
     """
     n_cells = shards.n_cells(split) if split in shards.splits else 0
     if n_cells == 0:
         raise CellmillError(f"the shards hold no cells of the split '{split}'; set corpus.splits so that it has some")
     n_kept = min(n_cells, max_cells or n_cells)
     if n_kept == n_cells:
-        yield from shards.batches(split, batch_size)
+        yield from shards.batches(split, batch_size, categories=categories)
         return
     n_batches = -(-n_kept // batch_size)
     for i in range(n_batches):
         skipped = (n_cells - n_kept) * i // max(n_batches - 1, 1)
         size = min(batch_size, n_kept - i * batch_size)
-        yield next(shards.batches(split, size, start=i * batch_size + skipped))
+        yield next(shards.batches(split, size, i * batch_size + skipped, categories))
 
 
 def _inputs(model: CellModel, batch: CellBatch, seed: int, device: torch.device) -> Inputs:

@@ -127,11 +127,11 @@ class _Run:
         self.device, self.autocast = set_up_torch(training)
         self.model = build_model(recipe, shards.n_genes, statistics, seed).to(self.device)
         self.optimizer = make_optimizer(self.model, training)
-        self.loader = Loader(shards, "train", training.batch_size, seed)
+        self.loader = Loader(shards, "train", training.batch_size, seed, categories=self.model.categories)
         self.validation = []
         if "validation" in shards.splits and shards.n_cells("validation"):
-            batches = spread_batches(shards, "validation", self.micro_batch_size, training.validation_cells)
-            self.validation = list(batches)
+            size, n_cells = self.micro_batch_size, training.validation_cells
+            self.validation = list(spread_batches(shards, "validation", size, n_cells, self.model.categories))
         self.log = _Log()
         self.step, self.genes = 0, 0
         self.seconds_before, self.began = 0.0, time.monotonic()
@@ -290,14 +290,15 @@ class _Log:
 def _fingerprint(shards: Shards, statistics: GeneStatistics, recipe: ModelRecipe, seed: int, meta: dict) -> str:
     """Hash of everything that a training state depends on; a state with another one cannot be gone on from."""
     statistics_hash = hashlib.sha256()
-    for field in dataclasses.fields(statistics):
-        statistics_hash.update(getattr(statistics, field.name).numpy().tobytes())
+    for name, value in vars(statistics).items():
+        if name != "categories":
+            statistics_hash.update(value.numpy().tobytes())
     content = {
         "architecture": [recipe.architecture, recipe.preset, recipe.sizes],
         "training": dataclasses.asdict(recipe.training),
         "seed": seed,
         "shards": shards.manifest,
-        "statistics": statistics_hash.hexdigest(),
+        "statistics": [statistics_hash.hexdigest(), statistics.categories],
         "code": [__version__, torch.__version__, meta.get("code_version")],
     }
     return content_hash(content)

@@ -82,7 +82,16 @@ class Shards:
 
     def datasets(self, split: str) -> set[str]:
         """The dataset_id of every cell of a split."""
-        return set(self.obs(split, ["dataset_id"])["dataset_id"].unique().to_pylist())
+        return self.values(split, ["dataset_id"])["dataset_id"]
+
+    def values(self, split: str, columns: list[str]) -> dict[str, set[str]]:
+        """The values of each of the metadata columns over the cells of a split, without null; a shard at a time."""
+        values = {column: set() for column in columns}
+        for shard in self._shards(split):
+            obs = read_obs(self.folder / shard["file"], columns)
+            for column in columns:
+                values[column].update(obs[column].unique().drop_null().to_pylist())
+        return values
 
     def row_groups(self, split: str) -> list[RowGroup]:
         """Every row group of a split, in shard order."""
@@ -92,9 +101,9 @@ class Shards:
             for index, cells in enumerate(shard["row_groups"])
         ]
 
-    def read_packed(self, group: RowGroup) -> pa.Table:
+    def read_packed(self, group: RowGroup, categories: dict[str, list[str]] | None = None) -> pa.Table:
         """One row group as it is stored: see `cellmill.shards.reader.read_packed`."""
-        packed = read_packed(group.path, group.index)
+        packed = read_packed(group.path, group.index, categories)
         if len(packed) != group.cells:
             raise corrupt(
                 group.path, f"row group {group.index} has {len(packed)} cells, the manifest says {group.cells}"
@@ -105,7 +114,9 @@ class Shards:
         """The cells of one row group."""
         return decode_cells(self.read_packed(group), str(group.path), self.n_genes)
 
-    def batches(self, split: str, batch_size: int, start: int = 0) -> Iterator[CellBatch]:
+    def batches(
+        self, split: str, batch_size: int, start: int = 0, categories: dict[str, list[str]] | None = None
+    ) -> Iterator[CellBatch]:
         """Cells in shard order, `batch_size` at a time (the last batch may be smaller).
 
         Holds no more cells than a row group and a batch.
@@ -118,6 +129,8 @@ class Shards:
             Cells per batch.
         start
             Cell to start at; row groups before it are not read.
+        categories
+            Metadata columns whose codes the batches carry, and the values that are coded: see `CellBatch.codes`.
         """
         if batch_size < 1:
             raise CellmillError(f"a batch of {batch_size} cells is not possible; choose at least 1")
@@ -127,11 +140,12 @@ class Shards:
             if start >= group.cells:
                 start -= group.cells
                 continue
-            packed = self.read_packed(group)
+            packed = self.read_packed(group, categories)
             position, start = start, 0
             while position < group.cells:
                 taken = min(batch_size - n_waiting, group.cells - position)
-                waiting.append(decode_cells(packed.slice(position, taken), str(group.path), self.n_genes))
+                some = packed.slice(position, taken)
+                waiting.append(decode_cells(some, str(group.path), self.n_genes, tuple(categories or ())))
                 position += taken
                 n_waiting += taken
                 if n_waiting == batch_size:

@@ -21,7 +21,7 @@ from cellmill.randomness import hash64
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.dataset import RowGroup, Shards
 from cellmill.shards.format import FROM_CELLS, PACKED
-from cellmill.shards.reader import decode_cells, numbers
+from cellmill.shards.reader import as_column, decode_cells, numbers
 
 WINDOW = 8
 """Row groups that are shuffled together."""
@@ -56,11 +56,12 @@ class _Ahead(NamedTuple):
 class _Window:
     """The packed cells of R row groups, in shard order, and those that are still to be served."""
 
-    def __init__(self, ahead: _Ahead, n_genes: int):
-        self.place, self._n_genes = ahead.place, n_genes
+    def __init__(self, ahead: _Ahead, n_genes: int, coded: tuple[str, ...]):
+        self.place, self._n_genes, self._coded = ahead.place, n_genes, coded
         tables = [future.result() for future in ahead.tables]
         ahead.tables.clear()
-        self._numbers = {name: np.concatenate([numbers(table[name]) for table in tables]) for name in FROM_CELLS}
+        columns = (*FROM_CELLS, *coded)
+        self._numbers = {name: np.concatenate([numbers(table[name]) for table in tables]) for name in columns}
         self._packed = {}
         for name in PACKED:  # column by column, so that no more than one of them is in memory twice
             # large: a window's bytes may pass the 2 GiB of Arrow's 32-bit offsets
@@ -97,16 +98,11 @@ class _Window:
             raise
 
     def _decode(self, rows_B: np.ndarray, where: str) -> CellBatch:
-        index = _column(rows_B)
-        columns = [_column(values_W[rows_B]) for values_W in self._numbers.values()]
+        index = as_column(rows_B)
+        columns = [as_column(values_W[rows_B]) for values_W in self._numbers.values()]
         columns += [values_W.take(index) for values_W in self._packed.values()]
-        return decode_cells(pa.Table.from_arrays(columns, [*FROM_CELLS, *PACKED]), where, self._n_genes)
-
-
-def _column(values_B: np.ndarray) -> pa.Array:
-    """Integers for Arrow, whose own way to take them would import pandas."""
-    buffers = [None, pa.py_buffer(np.ascontiguousarray(values_B))]
-    return pa.Array.from_buffers(pa.from_numpy_dtype(values_B.dtype), len(values_B), buffers)
+        table = pa.Table.from_arrays(columns, [*self._numbers, *self._packed])
+        return decode_cells(table, where, self._n_genes, self._coded)
 
 
 class Loader:
@@ -134,6 +130,8 @@ class Loader:
         Which part of each batch to take, of how many.
     threads
         Row groups that are read at once.
+    categories
+        Metadata columns whose codes the batches carry, and the values that are coded: see `CellBatch.codes`.
 
     Raises
     ------
@@ -156,6 +154,7 @@ class Loader:
         world: int = 1,
         *,
         threads: int = 2,
+        categories: dict[str, list[str]] | None = None,
     ):
         if batch_size < 1 or batch_size % world:
             raise CellmillError(f"batch_size {batch_size} is no multiple of {world} processes; choose one that is")
@@ -170,6 +169,7 @@ class Loader:
         self._groups = shards.row_groups(split)
         self._sizes = np.array([group.cells for group in self._groups])
         self._seed = seed
+        self._categories = categories or {}
         self._batch_size = batch_size
         self._rank, self._share = rank, batch_size // world
         self._epoch = 0
@@ -247,7 +247,7 @@ class Loader:
                     future.cancel()
                 ahead = self._read(self._place(epoch, position))
             place = ahead.place
-            self._window = _Window(ahead, self._shards.n_genes)
+            self._window = _Window(ahead, self._shards.n_genes, tuple(self._categories))
             order_W = self._order("order of cells", epoch, place.number, np.arange(place.n_cells))
             left = order_W[position - place.start :]
             owner = (served + np.arange(len(left))) % self._batch_size // self._share
@@ -269,4 +269,5 @@ class Loader:
         return np.argsort(hash64(self._seed, *keys), kind="stable")
 
     def _read(self, place: _Place) -> _Ahead:
-        return _Ahead(place, [self._readers.submit(self._shards.read_packed, group) for group in place.groups])
+        read, categories = self._shards.read_packed, self._categories
+        return _Ahead(place, [self._readers.submit(read, group, categories) for group in place.groups])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -28,7 +29,7 @@ _DAMAGE = (pa.ArrowException, OSError, ValueError)
 """What pyarrow raises on a damaged file."""
 
 
-def decode_cells(table: pa.Table, where: str, n_genes: int = MAX_GENES) -> CellBatch:
+def decode_cells(table: pa.Table, where: str, n_genes: int = MAX_GENES, coded: tuple[str, ...] = ()) -> CellBatch:
     """Unpack one row group, or any rows of some; the inverse of `encode_cells`.
 
     Parameters
@@ -39,6 +40,8 @@ def decode_cells(table: pa.Table, where: str, n_genes: int = MAX_GENES) -> CellB
         Names the file in errors.
     n_genes
         Genes in the vocabulary, V.
+    coded
+        Further columns of `table`, of integers, for the batch's `codes`.
 
     Raises
     ------
@@ -62,6 +65,7 @@ def decode_cells(table: pa.Table, where: str, n_genes: int = MAX_GENES) -> CellB
         genes=_gene_ids(deltas_N, offsets_B1, where, n_genes),
         counts=_widened(count_bytes_N, offsets_B1, table["counts_overflow"], "<u4", where, "counts"),
         totals=numbers(table["total_counts"]),
+        codes={column: numbers(table[column]) for column in coded},
     )
 
 
@@ -116,6 +120,12 @@ def numbers(column: pa.ChunkedArray) -> np.ndarray:
     return np.from_dlpack(_one_chunk(column))
 
 
+def as_column(values_B: np.ndarray) -> pa.Array:
+    """Integers for Arrow, whose own way to take them would import pandas."""
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(values_B))]
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values_B.dtype), len(values_B), buffers)
+
+
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
@@ -161,17 +171,43 @@ def read_obs(path: str | Path, columns: list[str] | None = None) -> pa.Table:
             raise corrupt(path, " ".join(str(error).split())) from error
 
 
-def read_packed(path: str | Path, group: int) -> pa.Table:
+def read_packed(path: str | Path, group: int, categories: dict[str, list[str]] | None = None) -> pa.Table:
     """One row group as it is stored, for `decode_cells`: the packed columns and the numbers that belong to them.
+
+    Parameters
+    ----------
+    path
+        A shard.
+    group
+        Index of the row group.
+    categories
+        Metadata columns that are read, too, each as int32: a value's place in the list given here, -1 if it has none.
 
     Raises
     ------
     CellmillError
-        If the file is missing, corrupt or of an unknown version.
+        If the file is missing, corrupt or of an unknown version, or a column of `categories` is none of text.
     """
-    path = Path(path)
+    path, categories = Path(path), categories or {}
     with _open_shard(path) as file:
-        return _read_group(file, group, [*FROM_CELLS, *PACKED], path)
+        _obs_names(file, list(categories), path)
+        table = _read_group(file, group, [*FROM_CELLS, *PACKED, *categories], path)
+    for column, values in categories.items():
+        if not pa.types.is_dictionary(table.schema.field(column).type):
+            raise CellmillError(f"column {column} of shard {path} holds no text; categories can be of text alone")
+        place = table.schema.get_field_index(column)
+        table = table.set_column(place, column, _codes(table[column], values))
+    return table
+
+
+def _codes(column: pa.ChunkedArray, values: list[str]) -> pa.Array:
+    """int32 [B], the place in `values` of each entry of a dictionary-coded column; -1 for null and all others."""
+    array = _one_chunk(column.unify_dictionaries())
+    places = {value: place for place, value in enumerate(values)}
+    # one entry more, for nulls: their index is -1
+    place_of = np.array([places.get(value, -1) for value in array.dictionary.to_pylist()] + [-1], np.int32)
+    indices = pc.coalesce(array.indices, as_column(np.full(len(array), -1, np.int32)))
+    return as_column(place_of[np.from_dlpack(indices)])
 
 
 def _read_group(file: pq.ParquetFile, group: int, columns: list[str], path: Path) -> pa.Table:

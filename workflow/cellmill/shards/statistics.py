@@ -6,7 +6,6 @@ Legend: V genes in the vocabulary, N nonzeros of a batch, Q bins, G genes of a c
 """
 
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +24,16 @@ LOG_LOW, LOG_HIGH, BIN_WIDTH = np.log(1e-4), np.log(1e4), 0.01
 """Bins of ln(CP10k). CP10k is at most 1e4, and at least 1e-4 in cells of up to 1e8 counts."""
 MEDIAN_ERROR = float(np.expm1(BIN_WIDTH))
 """Bound of the median's relative error: a value and its estimate lie in one bin."""
+CATEGORIES = ("tissue_general", "cell_type", "development_stage", "disease", "tissue", "assay", "sex")
+"""Columns whose values a model may learn from."""
+SAYS_NOTHING = {"unknown", "na", ""}
 _BINS = int(np.ceil((LOG_HIGH - LOG_LOW) / BIN_WIDTH))
 _BATCH = 2048
 _CHUNK = 512
 
 
 def compute_statistics(shards: Shards, split: str = "train") -> GeneStatistics:
-    """Statistics of every gene over the cells of a split.
+    """Statistics of every gene over the cells of a split, the median number of expressed genes, and obs values.
 
     Mean and standard deviation (population, divisor: number of cells) are of ln(1 + CP10k) over all cells, with zeros.
     The median is of CP10k over the cells that express the gene, from a histogram of ln(CP10k) with bins of `BIN_WIDTH`,
@@ -48,7 +50,8 @@ def compute_statistics(shards: Shards, split: str = "train") -> GeneStatistics:
     Returns
     -------
     GeneStatistics
-        int64 and float32 tensors [V]; floats are NaN where no cell expresses the gene.
+        int64 and float32 tensors [V]; floats are NaN where no cell expresses the gene. `categories` holds the values of
+        the columns `CATEGORIES` but for those of `SAYS_NOTHING`.
 
     Raises
     ------
@@ -59,6 +62,7 @@ def compute_statistics(shards: Shards, split: str = "train") -> GeneStatistics:
     if not n_cells:
         raise CellmillError(f"split '{split}' of {shards.folder} has no cells; choose cells for it")
     nonzero_V = np.zeros(n_genes, np.int64)
+    cells_of_length = np.zeros(n_genes + 1, np.int64)
     sum_V = np.zeros(n_genes)
     sum_squares_V = np.zeros(n_genes)
     histogram_VQ = np.zeros((n_genes, _BINS), np.uint32)
@@ -66,6 +70,7 @@ def compute_statistics(shards: Shards, split: str = "train") -> GeneStatistics:
         cp10k_N = cells.counts / np.repeat(cells.totals, cells.lengths) * 1e4
         log1p_N = np.log1p(cp10k_N)
         nonzero_V += np.bincount(cells.genes, minlength=n_genes)
+        cells_of_length += np.bincount(cells.lengths, minlength=n_genes + 1)
         sum_V += np.bincount(cells.genes, log1p_N, n_genes)
         sum_squares_V += np.bincount(cells.genes, log1p_N * log1p_N, n_genes)
         bin_N = ((np.log(cp10k_N) - LOG_LOW) / BIN_WIDTH).astype(np.int64)
@@ -74,11 +79,16 @@ def compute_statistics(shards: Shards, split: str = "train") -> GeneStatistics:
     std_V = np.sqrt(np.maximum(sum_squares_V / n_cells - mean_V**2, 0))
     unseen_V = nonzero_V == 0
     mean_V[unseen_V] = std_V[unseen_V] = np.nan
+    below = np.cumsum(cells_of_length)
+    middles = np.searchsorted(below, [(n_cells - 1) // 2, n_cells // 2], side="right")
+    values = shards.values(split, list(CATEGORIES))
     return GeneStatistics(
         nonzero_cells=torch.from_numpy(nonzero_V),
         median_nonzero_cp10k=torch.from_numpy(_medians(histogram_VQ, nonzero_V)).float(),
         mean_log1p_cp10k=torch.from_numpy(mean_V).float(),
         std_log1p_cp10k=torch.from_numpy(std_V).float(),
+        median_genes=torch.tensor(middles.mean(), dtype=torch.float32),
+        categories={column: sorted(values[column] - SAYS_NOTHING) for column in CATEGORIES},
     )
 
 
@@ -105,9 +115,14 @@ def _order_statistic(below_GQ: np.ndarray, rank_G: np.ndarray) -> np.ndarray:
 
 def save_statistics(path: str | Path, statistics: GeneStatistics, vocabulary_hash: str) -> None:
     """Write `statistics` as safetensors; the header says which vocabulary its rows are of."""
-    tensors = {field.name: getattr(statistics, field.name).contiguous() for field in fields(GeneStatistics)}
+    tensors = {name: value.contiguous() for name, value in vars(statistics).items() if name != "categories"}
     # One key only: the order of several in the header is not fixed.
-    header = {"format": FORMAT, "version": VERSION, "vocabulary_hash": vocabulary_hash}
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "vocabulary_hash": vocabulary_hash,
+        "categories": statistics.categories,
+    }
     with atomic(path) as temporary:
         save_file(tensors, temporary, {"cellmill": json.dumps(header)})
 
@@ -143,4 +158,4 @@ def load_statistics(path: str | Path, vocabulary_hash: str | None = None) -> Gen
             f"{path} is of the vocabulary {header['vocabulary_hash']}, but {vocabulary_hash} is expected;"
             " delete it and run again"
         )
-    return GeneStatistics(**tensors)
+    return GeneStatistics(**tensors, categories=header.get("categories", {}))
