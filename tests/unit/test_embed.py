@@ -103,6 +103,19 @@ def test_copies_of_cells_may_have_been_seen():
     assert seen([], Benchmark(False)) == "no"
 
 
+def test_of_one_data_set_the_cells_decide(data, tmp_path):
+    cells, obs = real_cells(data, "celltypist_sample")
+    parts = {}
+    for name, start, stop in (("corpus", 0, 300), ("others", 300, 559), ("some", 299, 400)):
+        part = {"all": (cells.slice(start, stop), obs.slice(start, stop - start))}
+        parts[name] = Shards(write_shards(tmp_path / name, part, n_genes=32_786, cells_per_shard=100))
+    corpus, trained_on = parts["corpus"], ["celltypist_sample"]
+    assert seen(trained_on, parts["others"]) == "yes"
+    assert seen(trained_on, parts["others"], corpus=corpus) == "no"
+    assert seen(trained_on, parts["some"], corpus=corpus) == "yes"
+    assert seen(None, parts["others"], corpus=corpus) == "unknown"
+
+
 def test_an_embedding_is_written_whole(tmp_path):
     x = np.arange(6, dtype=np.float64).reshape(3, 2)
     write_embedding(tmp_path / "a" / "seed0.npy", x, {"kind": "model"})

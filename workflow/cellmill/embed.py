@@ -15,6 +15,7 @@ from cellmill.gene_map import GeneMap
 from cellmill.models.base import CellModel, to_device
 from cellmill.progress import Progress
 from cellmill.shards.dataset import Shards
+from cellmill.shards.reader import read_obs
 
 BATCHES_SORTED_TOGETHER = 32
 
@@ -99,10 +100,17 @@ def _check_finite(x_BE: np.ndarray, joinids: np.ndarray, folder: Path) -> None:
         )
 
 
-def seen(trained_on: list[str] | None, shards: Shards, split: str = "all", *, primary_only: bool = True) -> str:
-    """Whether cells of a split entered a model's pretraining: "yes" if one of its data sets did, else "no".
+def seen(
+    trained_on: list[str] | None,
+    shards: Shards,
+    split: str = "all",
+    *,
+    primary_only: bool = True,
+    corpus: Shards | None = None,
+) -> str:
+    """Whether cells of a split entered a model's pretraining: "yes" if one of them did, else "no".
 
-    A cell may stand in several data sets, but is primary in one of them at most. Where corpus and split do not both
+    Where only the data sets of the corpus are known, one in common counts as "yes". A cell may stand in several data sets, but is primary in one of them at most. Where corpus and split do not both
     keep primary cells only, copies of a cell may be in either, and the answer is "unknown".
 
     Parameters
@@ -113,12 +121,22 @@ def seen(trained_on: list[str] | None, shards: Shards, split: str = "all", *, pr
         The cells to be embedded.
     primary_only
         Whether the corpus holds primary cells only.
+    corpus
+        The corpus, of the same Census as `shards`, if it is at hand: then cells are compared, so that one without some
+        donors of a data set has not seen those donors.
     """
     if trained_on is None:
         return "unknown"
-    if not shards.datasets(split).isdisjoint(trained_on):
+    if not shards.datasets(split).isdisjoint(trained_on) and (corpus is None or _any_common(corpus, shards, split)):
         return "yes"
     return "no" if not trained_on or (primary_only and shards.primary_only) else "unknown"
+
+
+def _any_common(corpus: Shards, shards: Shards, split: str) -> bool:
+    """Whether a cell of `split` is in the corpus; one file of the corpus is in memory at a time."""
+    joinids = shards.obs(split, ["soma_joinid"])["soma_joinid"].to_numpy()
+    paths = dict.fromkeys(group.path for part in corpus.splits for group in corpus.row_groups(part))
+    return any(np.isin(read_obs(path, ["soma_joinid"])["soma_joinid"].to_numpy(), joinids).any() for path in paths)
 
 
 def embed_and_write(
@@ -131,6 +149,7 @@ def embed_and_write(
     seed: int,
     trained_on: list[str] | None,
     primary_only: bool = True,
+    corpus: Shards | None = None,
     checkpoint: str | None = None,
 ) -> None:
     """Call `embed`, take its time, and write what it gives with what is known of it (`write_embedding`).
@@ -149,6 +168,8 @@ def embed_and_write(
         dataset_id of every data set that the embedder was fitted to beforehand.
     primary_only
         Whether it was fitted to primary cells only.
+    corpus
+        What it was fitted to, if it is at hand: see `seen`.
     checkpoint
         Hash of the weights.
     """
@@ -156,7 +177,7 @@ def embed_and_write(
     x_CE = embed()
     seconds = time.monotonic() - started
     about = {"model": model, "kind": kind, "seed": seed, "seconds": seconds}
-    about |= {"seen": seen(trained_on, shards, primary_only=primary_only), "checkpoint": checkpoint}
+    about |= {"seen": seen(trained_on, shards, primary_only=primary_only, corpus=corpus), "checkpoint": checkpoint}
     write_embedding(path, x_CE, about)
 
 

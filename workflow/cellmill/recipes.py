@@ -5,7 +5,7 @@ classes (types and the bounds in ``metadata``) before any job starts.
 """
 
 from dataclasses import dataclass, field
-from os.path import expandvars
+from os.path import expanduser, expandvars
 from typing import Literal
 
 
@@ -80,8 +80,8 @@ class Released:
     )
 
     def __post_init__(self):
-        object.__setattr__(self, "path", expandvars(self.path))
-        object.__setattr__(self, "genes", self.genes and expandvars(self.genes))
+        object.__setattr__(self, "path", expanduser(expandvars(self.path)))
+        object.__setattr__(self, "genes", self.genes and expanduser(expandvars(self.genes)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@
 rule embed_model:
     input:
         shards="results/{run}/shards/{cells}",
+        corpus="results/{run}/shards/corpus",
         weights=flow.checkpoint,
         meta=flow.checkpoint_meta,
         vocabulary=flow.foreign_vocabulary,

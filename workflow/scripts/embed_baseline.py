@@ -26,4 +26,5 @@ with job(snakemake.log[0]):
         seed=seed,
         trained_on=sorted(corpus.datasets("train")),
         primary_only=corpus.primary_only,
+        corpus=corpus,
     )

@@ -32,5 +32,6 @@ with job(snakemake.log[0]):
         seed=int(snakemake.wildcards.seed),
         trained_on=meta["datasets"],
         primary_only=meta["primary_only"],
+        corpus=Shards(snakemake.input.corpus),
         checkpoint=meta["weights_sha256"],
     )
