@@ -110,8 +110,9 @@ def seen(
 ) -> str:
     """Whether cells of a split entered a model's pretraining: "yes" if one of them did, else "no".
 
-    Where only the data sets of the corpus are known, one in common counts as "yes". A cell may stand in several data sets, but is primary in one of them at most. Where corpus and split do not both
-    keep primary cells only, copies of a cell may be in either, and the answer is "unknown".
+    Where only the data sets of the corpus are known, one in common counts as "yes". A cell may stand in several data
+    sets, but is primary in one of them at most. Where corpus and split do not both keep primary cells only, copies of a
+    cell may be in either, and the answer is "unknown".
 
     Parameters
     ----------
