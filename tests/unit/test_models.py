@@ -84,7 +84,7 @@ def test_listing():
     ).stdout
     rows = {(row["architecture"], row["preset"]): row for row in json.loads(out)}
     assert rows["geneformer", "v1-10m"]["total"] == 10_288_722
-    assert rows["scgpt", "whole-human"]["total"] == 51_857_922
+    assert rows["scgpt", "whole-human"]["total"] == 51_856_898
     assert rows["scgpt", "whole-human"]["without_embeddings"] < 21e6
 
 
