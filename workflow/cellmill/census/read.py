@@ -52,6 +52,7 @@ def open_census(census: Census, path: Path | None, buffer_mb: int | None = None)
         "soma.init_buffer_bytes": buffer,
         "py.init_buffer_bytes": buffer,
         "sm.mem.total_budget": max(TILE_BUDGET, 8 * buffer),
+        "sm.mem.malloc_trim": "false",
     }
     keep_freed_memory()
     if path is None:
