@@ -409,7 +409,7 @@ def score_yardstick(
     """
     asked = questions(shards)
     rows = []
-    with Progress(f"yardstick of {name}", total=len(checkpoints)) as progress:
+    with Progress(f"yardstick of {name}", total=2 * asked.n_cells * len(checkpoints)) as progress:
         for number, folder in enumerate(checkpoints, start=1):
             model, meta = load_checkpoint(folder)
             shards.check_vocabulary(meta["vocabulary_hash"])
@@ -424,5 +424,7 @@ def score_yardstick(
                     method, kind, meta["seed"], values, reasons, asked.n_cells, seconds, checkpoint, provenance
                 )
                 said.append(f"{kind} {'no answer' if values['pearson'] is None else format(values['pearson'], '.3f')}")
-            progress.update(number, f"seed {meta['seed']}: Pearson of hidden genes, {', '.join(said)}")
+            progress.update(
+                2 * asked.n_cells * number, f"seed {meta['seed']}: Pearson of hidden genes, {', '.join(said)}"
+            )
     return rows

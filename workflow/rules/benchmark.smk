@@ -47,6 +47,51 @@ rule score_pretraining:
         "../scripts/score_pretraining.py"
 
 
+rule score_yardstick:
+    input:
+        checkpoints=flow.checkpoints,
+        shards="results/{run}/shards/corpus",
+        statistics="results/{run}/statistics.safetensors",
+    output:
+        "results/{run}/scores/yardstick/corpus/{model}.parquet",
+    log:
+        "results/{run}/logs/score_yardstick/{model}.log",
+    benchmark:
+        "results/{run}/benchmarks/score_yardstick/{model}.tsv"
+    conda:
+        "../../envs/train.yaml"
+    threads: flow.threads
+    resources:
+        mem_mb=4000,
+    params:
+        embedding=flow.embedding,
+        config_hash=flow.config_hash,
+        code=flow.score_yardstick_code,
+    script:
+        "../scripts/score_yardstick.py"
+
+
+rule score_yardstick_baselines:
+    input:
+        shards="results/{run}/shards/corpus",
+    output:
+        "results/{run}/scores/yardstick/corpus/baselines.parquet",
+    log:
+        "results/{run}/logs/score_yardstick_baselines.log",
+    benchmark:
+        "results/{run}/benchmarks/score_yardstick_baselines.tsv"
+    conda:
+        "../../envs/evaluate.yaml"
+    resources:
+        mem_mb=8000,
+    params:
+        seeds=flow.seeds,
+        config_hash=flow.config_hash,
+        code=code_version("score_yardstick_baselines"),
+    script:
+        "../scripts/score_yardstick_baselines.py"
+
+
 rule collect_scores:
     input:
         flow.score_tables,
