@@ -9,7 +9,9 @@ tells a word's place. Three tasks are trained:
 * describe: the genes, the task's token, then the other metadata (to be predicted) and <E>.
 
 A sentence is as long as the context at most: genes that find no room are left out. How often each task is trained is
-not published; here they are equally frequent.
+not published; here a cell's tasks are equally frequent. A cell without cell type words is not annotated, one without
+other metadata not described: nothing is known that could be asked for. A part of the sentences to be generated may go
+without the words in front (`unprompted`), so that genes are also continued from genes alone.
 
 Legend: B cells, V genes, G genes of the model, N words of all sentences.
 """
@@ -19,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cellmill.randomness import hash64
+from cellmill.randomness import below, hash64
 from cellmill.shards.batch import CellBatch
 from cellmill.views.ragged import (
     argsort_within,
@@ -83,13 +85,15 @@ class Sentences(NamedTuple):
 def bin_values(cells: CellBatch) -> np.ndarray:
     """int32 [N], the bin 1..10 of each gene's log1p(CP10k) up to the cell's largest."""
     values_N = log1p_cp10k(cells)
-    largest_B = np.ones(len(cells), np.float32)
-    filled_B = cells.lengths > 0
-    if filled_B.any():
-        largest_B[filled_B] = np.maximum.reduceat(values_N, cells.offsets[:-1][filled_B])
-    values_N /= spread(largest_B, cells.offsets)
+    values_N /= spread(_largest(cells.offsets, values_N), cells.offsets)
     values_N *= np.float32(N_BINS)
     return np.clip(np.ceil(values_N), 1, N_BINS).astype(np.int32)
+
+
+def largest_values(cells: CellBatch, tokens: Tokens) -> np.ndarray:
+    """float32 [B], the edge of bin 10: the largest log1p(CP10k) among the model's genes; 1 where there is none."""
+    known, _ = _known(cells, tokens)
+    return _largest(known.offsets, log1p_cp10k(known))
 
 
 def embed(cells: CellBatch, tokens: Tokens, *, limit: int = CONTEXT) -> Sentences:
@@ -120,6 +124,7 @@ def pretrain(
     seed: int,
     step: int | None,
     limit: int = CONTEXT,
+    unprompted: float = 0.0,
 ) -> Sentences:
     """Sentences with genes in random order, each cell with a task of its own.
 
@@ -137,11 +142,16 @@ def pretrain(
         Keys of the draws; `step` is None in validation.
     limit
         Words that a sentence has at most.
+    unprompted
+        Share of the generated sentences that start with the genes.
     """
     keys = (seed, -1 if step is None else step)
-    task_B = (hash64("scmulan task", *keys, cells.joinids) % np.uint64(3)).astype(np.int64)
+    task_B = _tasks(
+        hash64("scmulan task", *keys, cells.joinids), np.diff(cell_types.offsets), np.diff(metadata.offsets)
+    )
     generate_B, annotate_B, describe_B = (task_B == task for task in (GENERATE, ANNOTATE, DESCRIBE))
-    front = [_only(metadata, generate_B), _only(cell_types, generate_B)]
+    prompted_B = generate_B & ~below(hash64("scmulan prompt", *keys, cells.joinids), unprompted)
+    front = [_only(metadata, prompted_B), _only(cell_types, prompted_B)]
     task_tokens_B = np.where(annotate_B, tokens.annotate, tokens.describe).astype(np.int32)
     answers = [_only(cell_types, annotate_B), _only(metadata, describe_B)]
     every = np.arange(len(cells) + 1)
@@ -154,6 +164,22 @@ def pretrain(
     genes, bins_N = _gene_words(known, token_N, order_N, limit - others_B)
     targets_B = np.where(generate_B, np.diff(genes.offsets), 0) + sum(np.diff(words.offsets) for words in answers) + 1
     return _sentences(front, genes, bins_N, behind, targets_B, task_B)
+
+
+def _largest(offsets: np.ndarray, values_N: np.ndarray) -> np.ndarray:
+    """[B], the largest of each cell's values; 1 for a cell without any."""
+    largest_B = np.ones(len(offsets) - 1, np.float32)
+    filled_B = np.diff(offsets) > 0
+    if filled_B.any():
+        largest_B[filled_B] = np.maximum.reduceat(values_N, offsets[:-1][filled_B])
+    return largest_B
+
+
+def _tasks(hash_B: np.ndarray, n_types_B: np.ndarray, n_metadata_B: np.ndarray) -> np.ndarray:
+    """int64 [B], one of the tasks that the cell has words for."""
+    typed_B, described_B = n_types_B > 0, n_metadata_B > 0
+    choice_B = hash_B % (np.uint64(1) + typed_B + described_B).astype(np.uint64)
+    return np.where(choice_B == 0, GENERATE, np.where((choice_B == 1) & typed_B, ANNOTATE, DESCRIBE))
 
 
 def _known(cells: CellBatch, tokens: Tokens) -> tuple[CellBatch, np.ndarray]:

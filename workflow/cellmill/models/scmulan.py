@@ -1,0 +1,529 @@
+"""scMulan: a GPT that reads and writes a cell as a sentence of words: genes with their values, metadata, cell types.
+
+Bian et al., scMulan: a multitask generative pre-trained language model for single-cell analysis, RECOMB (2024).
+
+A word is a token and a value (see `cellmill.views.scmulan`); its input is the sum of both embeddings. The words of a
+sentence are a set, so they have no positions: the causal mask alone says what is known when the next word is asked for.
+The network is a pre-norm decoder without biases and with two heads of their own: a logit and a value for every token.
+
+The next word is any of the words that remain of the part of the sentence that is asked for: the target is uniform over
+them, and <E> where none remains. `entity` is the cross-entropy with that target, `value` the squared error of the value
+head at the columns of the same words, whose mean is taken over them too. The original's pretraining code is not
+published; this is the objective that its paper states in words. All tokens compete in the softmax, also words that have
+been said, which generation bans.
+
+Tokens: <E> 0, the genes from 1, the values of each obs column after each other, <PCT> (asks for the cell type), 15 more
+task tokens, of which the first asks for the other metadata. A cell type has one level here, as a Census has it; the
+published set holds coarse types among the fine ones, and a sentence may have both.
+
+Legend: B cells, L words, D width, V genes in the vocabulary, T tokens, M asked positions, Q genes that a cell is asked
+for, N gene words, K cell types.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cellmill.errors import CellmillError
+from cellmill.models.attention import MultiHeadAttention, attend
+from cellmill.models.base import CellModel, GeneStates, GeneStatistics, Imputed, Inputs, Losses, LossTerm
+from cellmill.shards.batch import CellBatch
+from cellmill.views import scmulan as views
+from cellmill.views.ragged import offsets_of, pad
+
+END = 0
+CELL_TYPE = "cell_type"
+N_TASKS = 16
+"""<PCT> and 15 more."""
+TYPE_LEVELS = 2
+"""Cell type words that an annotation has at most: a coarse one and a fine one."""
+INIT_STD = 0.02
+MEAN_BINS = 20
+MIN_CELLS = 10
+"""A gene of fewer training cells is taken only where there are no others left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Sizes of an scMulan."""
+
+    n_layers: int = field(metadata={"description": "Transformer layers.", "ge": 1})
+    width: int = field(metadata={"description": "Width of a word's state.", "ge": 1})
+    n_heads: int = field(metadata={"description": "Attention heads; divides width.", "ge": 1})
+    max_length: int = field(metadata={"description": "Longest sentence in words.", "ge": 16})
+    n_model_genes: int = field(
+        default=2000,
+        metadata={"description": "Genes that are words: the most variable ones of a larger vocabulary.", "ge": 1},
+    )
+    dropout: float = field(
+        default=0.0, metadata={"description": "Dropout, also of attention weights.", "ge": 0, "lt": 1}
+    )
+    unprompted: float = field(
+        default=0.1,
+        metadata={
+            "description": "Share of generated sentences without metadata in front, from which imputation is learnt.",
+            "ge": 0,
+            "le": 1,
+        },
+    )
+
+    def __post_init__(self):
+        if self.width % self.n_heads:
+            raise CellmillError(f"scmulan: width {self.width} is no multiple of n_heads {self.n_heads}; change one")
+
+
+class Cache:
+    """Keys and values of the words that were read, so that a further word costs one column.
+
+    Parameters
+    ----------
+    room
+        Columns at most. The first call of `Scmulan.encode` fills as many as its sentences are wide, each further one.
+    """
+
+    def __init__(self, room: int):
+        self.room = room
+        self.filled = 0
+        self.open_BS: Tensor | None = None
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def begin(self, valid_BL: Tensor) -> Tensor | None:
+        """Open new columns; the mask [B, 1, 1, S] for them, None in the first call, where the mask is causal."""
+        if self.open_BS is None:
+            self.open_BS = valid_BL.new_zeros(len(valid_BL), self.room)
+        start, self.filled = self.filled, self.filled + valid_BL.shape[1]
+        self.open_BS[:, start : self.filled] = valid_BL
+        return self.open_BS[:, None, None, : self.filled] if start else None
+
+    def extend(self, layer: int, k_BHLK: Tensor, v_BHLK: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values of all words so far, the given ones being the last."""
+        if layer not in self._layers:
+            batch, heads, _, width = k_BHLK.shape
+            self._layers[layer] = tuple(k_BHLK.new_zeros(batch, heads, self.room, width) for _ in range(2))
+        start = self.filled - k_BHLK.shape[2]
+        for stored, new in zip(self._layers[layer], (k_BHLK, v_BHLK), strict=True):
+            stored[:, :, start : self.filled] = new
+        return tuple(stored[:, :, : self.filled] for stored in self._layers[layer])
+
+
+class Layer(nn.Module):
+    """One pre-norm decoder layer without biases, with tanh-GELU."""
+
+    def __init__(self, sizes: Sizes):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(sizes.width, bias=False)
+        self.attention = MultiHeadAttention(sizes.width, sizes.n_heads, sizes.dropout, bias=False)
+        self.norm2 = nn.LayerNorm(sizes.width, bias=False)
+        self.linear1 = nn.Linear(sizes.width, 4 * sizes.width, bias=False)
+        self.linear2 = nn.Linear(4 * sizes.width, sizes.width, bias=False)
+        self.dropout = nn.Dropout(sizes.dropout)
+
+    def forward(self, x_BLD: Tensor, cached=None, mask: Tensor | None = None) -> Tensor:
+        """[B, L, D]; `cached` is `Cache.extend` of this layer, `mask` that of `Cache.begin`."""
+        q_BHLK, k_BHSK, v_BHSK = self.attention.project(self.norm1(x_BLD))
+        if cached:
+            k_BHSK, v_BHSK = cached(k_BHSK, v_BHSK)
+        dropout = self.attention.dropout if self.training else 0.0
+        context_BLD = attend(q_BHLK, k_BHSK, v_BHSK, mask, causal=mask is None, dropout=dropout)
+        x_BLD = x_BLD + self.dropout(self.attention.out(context_BLD))
+        return x_BLD + self.dropout(self.linear2(F.gelu(self.linear1(self.norm2(x_BLD)), approximate="tanh")))
+
+
+class CellTypes(NamedTuple):
+    """What a model says after <PCT>."""
+
+    codes_B: Tensor
+    """int64 [B], the finest type that was said, its place in ``model.categories["cell_type"]``."""
+    probability_B: Tensor
+    """float32 [B], of that word among the cell types that had not been said."""
+    states_BD: Tensor
+    """float32 [B, D], the state of that word."""
+
+
+class Scmulan(CellModel):
+    """scMulan.
+
+    Parameters
+    ----------
+    sizes
+        See `Sizes`.
+    n_genes
+        V.
+    statistics
+        Where V is larger than `Sizes.n_model_genes`, the most variable genes are chosen by them, and kept as a buffer;
+        None leaves it empty, to be loaded from a checkpoint.
+    categories
+        The words of the `obs_columns`; by default those of the statistics.
+    """
+
+    Sizes = Sizes
+    presets: ClassVar[dict[str, Sizes]] = {
+        "demo": Sizes(n_layers=2, width=64, n_heads=2, max_length=256),
+        "tiny": Sizes(n_layers=5, width=96, n_heads=3, max_length=1024),
+        "small": Sizes(n_layers=7, width=320, n_heads=5, max_length=1024),
+        "base": Sizes(n_layers=12, width=576, n_heads=9, max_length=1024),
+        "published": Sizes(n_layers=24, width=1120, n_heads=20, max_length=views.CONTEXT),
+    }
+    published_genes: ClassVar[dict[str, int]] = {"published": 2000}
+    obs_columns = ("tissue_general", CELL_TYPE, "development_stage", "disease", "tissue", "assay", "sex")
+    # the published words by number: how many there are decides the number of parameters; a release brings their names
+    published_categories: ClassVar[dict[str, dict[str, list[str]]]] = {
+        "published": {
+            column: [f"{column} {i}" for i in range(n)]
+            for column, n in zip(obs_columns, (7, 114, 33, 6, 33, 10, 2), strict=True)
+        }
+    }
+    poolings = ("pct", "label_informed", "mean")
+
+    def __init__(self, sizes: Sizes, n_genes: int, statistics: GeneStatistics | None = None, categories=None):
+        super().__init__(sizes, n_genes, statistics, categories)
+        self.n_gene_words = min(n_genes, sizes.n_model_genes)
+        self.first_word, token = {}, 1 + self.n_gene_words
+        for column, values in self.categories.items():
+            self.first_word[column] = token
+            token += len(values)
+        self.pct, self.n_tokens = token, token + N_TASKS
+        self.n_types = len(self.categories.get(CELL_TYPE, ()))
+        if not self.n_types:  # <PCT> is never trained
+            self.poolings = ("mean", "pct")
+        self.word_embedding = nn.Embedding(self.n_tokens, sizes.width)
+        self.value_embedding = nn.Embedding(views.N_BINS + 1, sizes.width)
+        self.dropout = nn.Dropout(sizes.dropout)
+        self.layers = nn.ModuleList(Layer(sizes) for _ in range(sizes.n_layers))
+        self.norm = nn.LayerNorm(sizes.width, bias=False)
+        self.entity_head = nn.Linear(sizes.width, self.n_tokens, bias=False)
+        self.value_head = nn.Linear(sizes.width, self.n_tokens, bias=False)
+        self._initialise()
+        self.register_buffer("token_V", _gene_tokens(n_genes, sizes.n_model_genes, statistics))
+        self._tokens: views.Tokens | None = None
+
+    def _initialise(self) -> None:
+        """GPT-2's: normal weights, those that write to the residual stream smaller by its number of summands."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=INIT_STD)
+        for layer in self.layers:
+            for linear in (layer.attention.out, layer.linear2):
+                nn.init.normal_(linear.weight, std=INIT_STD / math.sqrt(2 * self.sizes.n_layers))
+
+    @property
+    def tokens(self) -> views.Tokens:
+        """The token set, on the CPU; copied once, since a copy from a GPU waits for all the work that it has queued."""
+        if self._tokens is None:
+            token_V = self.token_V.cpu().numpy().copy()
+            if (token_V < 0).all():
+                raise CellmillError(
+                    "this scmulan does not know its genes; build it with the corpus statistics or load a checkpoint"
+                )
+            self._tokens = views.Tokens(token_V, END, self.pct, self.pct + 1)
+        return self._tokens
+
+    @property
+    def n_known_genes(self) -> int:
+        """Genes of the vocabulary that are words; `impute` has no opinion of the others."""
+        return int((self.token_V >= 0).sum())
+
+    @property
+    def type_words(self) -> slice:
+        """The tokens of the cell types."""
+        first = self.first_word.get(CELL_TYPE, 0)
+        return slice(first, first + self.n_types)
+
+    def words(self, cells: CellBatch, columns: Iterable[str]) -> views.Words:
+        """The words of some obs columns; a value that is unknown or not among the categories is none."""
+        known = [column for column in columns if column in self.first_word and column in cells.codes]
+        if not known:
+            return views.Words(np.zeros(len(cells) + 1, np.int64), np.empty(0, np.int32))
+        codes_BC = np.stack([cells.codes[column] for column in known], 1)
+        first_C = np.array([self.first_word[column] for column in known])
+        return views.Words(offsets_of((codes_BC >= 0).sum(1)), (codes_BC + first_C)[codes_BC >= 0].astype(np.int32))
+
+    def _metadata(self, cells: CellBatch) -> tuple[views.Words, views.Words]:
+        """Cell type words, and those of the other columns."""
+        return self.words(cells, [CELL_TYPE]), self.words(cells, [c for c in self.obs_columns if c != CELL_TYPE])
+
+    def pretrain_inputs(self, cells: CellBatch, *, seed: int, step: int | None) -> Inputs:
+        """`tokens`, `values` [B, L]; [B]: `lengths`, `targets` (words at the end that are asked for), `task`."""
+        cell_types, metadata = self._metadata(cells)
+        sentences = views.pretrain(
+            cells,
+            self.tokens,
+            cell_types=cell_types,
+            metadata=metadata,
+            seed=seed,
+            step=step,
+            limit=self.sizes.max_length,
+            unprompted=self.sizes.unprompted,
+        )
+        targets_B, task_B = torch.from_numpy(sentences.targets_B), torch.from_numpy(sentences.task_B)
+        return {**_matrix(sentences), "targets": targets_B, "task": task_B}
+
+    def embed_inputs(self, cells: CellBatch) -> Inputs:
+        """`tokens`, `values` [B, L]; `lengths` [B]: the genes, then <PCT>."""
+        return _matrix(views.embed(cells, self.tokens, limit=self.sizes.max_length))
+
+    def encode(self, tokens_BL: Tensor, values_BL: Tensor, cache: Cache | None = None, valid_BL=None) -> Tensor:
+        """[B, L, D], the last states; a word sees those in front of it, so padding behind a sentence changes nothing.
+
+        Parameters
+        ----------
+        tokens_BL, values_BL
+            The words; with a filled cache one for each cell, which follows all that were read.
+        cache
+            Keeps what is read for further calls.
+        valid_BL
+            With a cache: bool, False for padding, which further words do not see.
+        """
+        x_BLD = self.dropout(self.word_embedding(tokens_BL) + self.value_embedding(values_BL))
+        mask = cache.begin(valid_BL) if cache else None
+        for i, layer in enumerate(self.layers):
+            x_BLD = layer(x_BLD, (lambda k, v, i=i: cache.extend(i, k, v)) if cache else None, mask)
+        return self.norm(x_BLD)
+
+    def read(self, inputs: Inputs, further: int) -> tuple[Tensor, Cache]:
+        """Read sentences, to be continued by `further` words: their last words' states [B, D], and the cache."""
+        tokens_BL, lengths_B = inputs["tokens"], inputs["lengths"]
+        cache = Cache(tokens_BL.shape[1] + further)
+        valid_BL = torch.arange(tokens_BL.shape[1], device=lengths_B.device) < lengths_B[:, None]
+        return _last(self.encode(tokens_BL, inputs["values"], cache, valid_BL), lengths_B), cache
+
+    def read_further(self, tokens_B: Tensor, values_B: Tensor, cache: Cache) -> Tensor:
+        """Read one more word of each sentence: its state [B, D]."""
+        valid_B1 = torch.ones_like(tokens_B, dtype=torch.bool).unsqueeze(1)
+        return self.encode(tokens_B.unsqueeze(1), values_B.unsqueeze(1), cache, valid_B1)[:, 0]
+
+    def forward(self, inputs: Inputs, *, step: int | None = None) -> Losses:
+        """`entity`: cross-entropy (nats) and `value`: squared error (bins), each a mean over the words that remain."""
+        asked = _Asked(inputs)
+        h_BLD = self.encode(inputs["tokens"], inputs["values"])
+        places_M = asked.asks_BL.flatten().nonzero().squeeze(1)
+        h_MD = h_BLD.flatten(0, 1).index_select(0, places_M)
+        logits_MT = self.entity_head(h_MD)
+        with torch.autocast(h_BLD.device.type, enabled=False):
+            # the mean logit of the words that remain is the product with their mean row: no L x L logits
+            row_BLD = asked.mean_remaining(F.embedding(inputs["tokens"], self.entity_head.weight))
+            logit_M = (h_MD.float() * row_BLD.flatten(0, 1).index_select(0, places_M)).sum(1)
+            entity = (torch.logsumexp(logits_MT.float(), 1) - logit_M).sum()
+            values_BLL = h_BLD.float() @ F.embedding(inputs["tokens"], self.value_head.weight).mT
+        error_BLL = (values_BLL - inputs["values"].unsqueeze(1)).square()
+        value = (error_BLL * asked.weights_BLL()).sum()
+        count = asked.asks_BL.sum().float()
+        return {"entity": LossTerm(entity, count), "value": LossTerm(value, count)}
+
+    def decode_types(self, inputs: Inputs) -> CellTypes:
+        """Say the likeliest cell type after the <PCT> of `embed_inputs`, and a finer one unless <E> is likelier."""
+        if not self.n_types:
+            raise CellmillError(
+                "this scmulan has no cell type words, as its corpus had none; train it on annotated cells"
+            )
+        state_BD, cache = self.read(inputs, TYPE_LEVELS)
+        said_BK = torch.zeros(len(state_BD), self.n_types, dtype=torch.bool, device=state_BD.device)
+        open_B = torch.ones_like(said_BK[:, 0])
+        found = CellTypes(open_B.long(), open_B.float(), state_BD.float())
+        for level in range(min(TYPE_LEVELS, self.n_types)):
+            logits_BT = self.entity_head(state_BD).float()
+            logits_BK = logits_BT[:, self.type_words].masked_fill(said_BK, -torch.inf)
+            logit_B, code_B = logits_BK.max(1)
+            if level:
+                open_B = open_B & (logit_B > logits_BT[:, END])
+            state_BD = self.read_further(code_B + self.type_words.start, torch.zeros_like(code_B), cache)
+            probability_B = (logit_B - logits_BK.logsumexp(1)).exp()
+            found = CellTypes(
+                torch.where(open_B, code_B, found.codes_B),
+                torch.where(open_B, probability_B, found.probability_B),
+                torch.where(open_B.unsqueeze(1), state_BD.float(), found.states_BD),
+            )
+            said_BK = said_BK.scatter(1, code_B.unsqueeze(1), True)
+        return found
+
+    def embed_cells(self, inputs: Inputs, pooling: str | None = None) -> Tensor:
+        """[B, D] of last states: <PCT>'s (pct), the mean over genes (mean), or that of the type that the model says.
+
+        The last one, `label_informed`, is what the released code reads: it depends on the model's own annotation, so
+        that cells of one predicted type lie together.
+        """
+        pooling = self.check_pooling(pooling)
+        if pooling == "label_informed":
+            return self.decode_types(inputs).states_BD
+        h_BLD = self.encode(inputs["tokens"], inputs["values"]).float()
+        if pooling == "pct":
+            return _last(h_BLD, inputs["lengths"])
+        is_gene_BL1 = (inputs["values"] > 0).unsqueeze(2)
+        return (h_BLD * is_gene_BL1).sum(1) / is_gene_BL1.sum(1).clamp(min=1)
+
+    def embed_genes(self) -> Tensor:
+        """[V, D], the genes' word embeddings; zeros for genes that are no words."""
+        known_V1 = (self.token_V >= 0).unsqueeze(1)
+        return torch.where(known_V1, self.word_embedding.weight.detach()[self.token_V.clamp(min=0).long()].float(), 0)
+
+    def gene_states(self, inputs: Inputs) -> GeneStates:
+        """The last states of gene words; each has seen the genes of higher token ids alone, as the mask is causal."""
+        h_BLD = self.encode(inputs["tokens"], inputs["values"]).float()
+        cells_N, places_N = (inputs["values"] > 0).nonzero(as_tuple=True)
+        gene_T = torch.zeros(self.n_tokens, dtype=torch.long, device=h_BLD.device)
+        genes_G = (self.token_V >= 0).nonzero().squeeze(1)
+        gene_T[self.token_V[genes_G].long()] = genes_G
+        return GeneStates(cells_N, gene_T[inputs["tokens"][cells_N, places_N]], h_BLD[cells_N, places_N])
+
+    def impute_inputs(self, cells: CellBatch, genes_BQ: np.ndarray) -> Inputs:
+        """The visible genes as a sentence without metadata, to be continued; [B, Q] `asked`: the genes' tokens or -1.
+
+        `largest` [B] is the log1p(CP10k) that the cell's bins end at. A cell without visible genes is read at <PCT>.
+        """
+        inputs = self.embed_inputs(cells)
+        inputs["lengths"] = (inputs["lengths"] - 1).clamp(min=1)
+        inputs["asked"] = torch.from_numpy(self.tokens.gene_V[genes_BQ].astype(np.int64))
+        inputs["largest"] = torch.from_numpy(views.largest_values(cells, self.tokens))
+        return inputs
+
+    def impute(self, inputs: Inputs) -> Imputed:
+        """Values from the value head, detection as the log-probability of being said next.
+
+        Of a gene that is no word the model has no opinion: it gets the mean of the cell's values and the least of its
+        log-probabilities, both over the model's genes.
+        """
+        h_BD = _last(self.encode(inputs["tokens"], inputs["values"]), inputs["lengths"])
+        genes = slice(1, 1 + self.n_gene_words)
+        with torch.autocast(h_BD.device.type, enabled=False):
+            detection_BG = self.entity_head(h_BD.float()).log_softmax(1)[:, genes]
+            bins_BG = self.value_head(h_BD.float())[:, genes].clamp(0.5, views.N_BINS)
+        values_BG = (bins_BG - 0.5) / views.N_BINS * inputs["largest"].unsqueeze(1)  # a bin stands for its middle
+        index_BQ, known_BQ = (inputs["asked"] - 1).clamp(min=0), inputs["asked"] >= 0
+        return Imputed(
+            torch.where(known_BQ, values_BG.gather(1, index_BQ), values_BG.mean(1, keepdim=True)),
+            torch.where(known_BQ, detection_BG.gather(1, index_BQ), detection_BG.amin(1, keepdim=True)),
+        )
+
+    def fit_trivial(self, batches: Iterable[CellBatch]) -> Tensor:
+        """[4, T]: log frequency of each word among those that a task asks for (add-one smoothed), by task; mean value.
+
+        Every gene of every training cell counts, whatever the task that the cell was drawn for.
+        """
+        counts_3T = np.zeros((3, self.n_tokens))
+        genes = slice(1, 1 + self.n_gene_words)
+        metadata = np.r_[genes.stop : self.pct]
+        types = np.r_[self.type_words]
+        counts_3T[views.GENERATE, genes] = counts_3T[views.ANNOTATE, types] = 1
+        counts_3T[views.DESCRIBE, np.setdiff1d(metadata, types)] = 1
+        counts_3T[:, END] = 1
+        sums_T = np.zeros(self.n_tokens)
+        for cells in batches:
+            sentences = views.embed(cells, self.tokens, limit=self.n_tokens)
+            counts_3T[views.GENERATE] += _counts(sentences.tokens[sentences.values > 0], self.n_tokens)
+            sums_T += np.bincount(sentences.tokens, sentences.values, self.n_tokens)
+            counts_3T[views.GENERATE, END] += len(cells)
+            for task, words in zip((views.ANNOTATE, views.DESCRIBE), self._metadata(cells), strict=True):
+                counts_3T[task] += _counts(words.tokens, self.n_tokens)
+                counts_3T[task, END] += (np.diff(words.offsets) > 0).sum()
+        seen_T = counts_3T[views.GENERATE, genes] - 1
+        overall = sums_T.sum() / max(seen_T.sum(), 1)
+        sums_T[genes] = np.where(seen_T > 0, sums_T[genes] / np.maximum(seen_T, 1), overall)
+        with np.errstate(divide="ignore"):  # a word that a task never asks for has no probability
+            log_3T = np.log(counts_3T / counts_3T.sum(1, keepdims=True))
+        return torch.from_numpy(np.concatenate([log_3T, sums_T[None]])).float()
+
+    def trivial_losses(self, inputs: Inputs, trivial: Tensor) -> Losses:
+        """Both terms when words are said by their frequency in the corpus, with their mean values."""
+        asked, tokens_BL = _Asked(inputs), inputs["tokens"]
+        trivial = trivial.to(tokens_BL.device)
+        log_BL = torch.where(asked.targets_BL, trivial[inputs["task"].unsqueeze(1), tokens_BL], 0)
+        error_BL = (trivial[3][tokens_BL] - inputs["values"]).square()
+        count = asked.asks_BL.sum().float()
+        means = [-asked.mean_remaining(log_BL), asked.mean_remaining(error_BL)]
+        entity, value = (mean_BL[asked.asks_BL].sum() for mean_BL in means)
+        return {"entity": LossTerm(entity, count), "value": LossTerm(value, count)}
+
+
+class _Asked:
+    """Which words of padded sentences are asked for, and from where.
+
+    A sentence of n words whose last t are targets (<E> among them) is asked at the t places in front of each target;
+    a target that starts its sentence is asked from nowhere. At place i the words i + 1, ... remain, without <E>; where
+    none does, <E>.
+    """
+
+    def __init__(self, inputs: Inputs):
+        length = inputs["tokens"].shape[1]
+        self.place_L = torch.arange(length, device=inputs["tokens"].device)
+        self.end_B1 = (inputs["lengths"] - 1).unsqueeze(1)
+        self.first_B1 = self.end_B1 - inputs["targets"].unsqueeze(1)
+        self.asks_BL = (self.place_L >= self.first_B1) & (self.place_L < self.end_B1)
+        self.targets_BL = (self.place_L > self.first_B1) & (self.place_L <= self.end_B1)
+        self.words_BL = self.targets_BL & (self.place_L < self.end_B1)
+        self.n_BL = (self.end_B1 - 1 - self.place_L).clamp(min=1)
+
+    def mean_remaining(self, x: Tensor) -> Tensor:
+        """The mean of what [B, L] or [B, L, D] holds at the words that remain, for each place that asks."""
+
+        def like(of_BL: Tensor) -> Tensor:
+            return of_BL.view(*of_BL.shape, *[1] * (x.ndim - 2))
+
+        behind = torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1)
+        word_BL = torch.cat([self.words_BL[:, 1:], torch.zeros_like(self.words_BL[:, :1])], 1)
+        sums = (behind * like(word_BL)).flip(1).cumsum(1).flip(1)
+        return (sums + behind * like(self.place_L == self.end_B1 - 1)) / like(self.n_BL)
+
+    def weights_BLL(self) -> Tensor:
+        """float32 [B, L, L], the share of word j in the target of place i; 0 for places that do not ask."""
+        later_LL = self.place_L > self.place_L[:, None]
+        ends_BL = self.place_L == self.end_B1 - 1
+        remains_BLL = (later_LL & self.words_BL[:, None]) | (
+            ends_BL[:, :, None] & (self.place_L == self.end_B1)[:, None]
+        )
+        return (remains_BLL & self.asks_BL[:, :, None]) / self.n_BL[:, :, None]
+
+
+def _matrix(sentences: views.Sentences) -> Inputs:
+    """Right-padded `tokens` and `values` [B, L], `lengths` [B]."""
+    return {
+        "tokens": torch.from_numpy(pad(sentences.offsets, sentences.tokens, END, dtype=np.int64)),
+        "values": torch.from_numpy(pad(sentences.offsets, sentences.values, 0, dtype=np.int64)),
+        "lengths": torch.from_numpy(np.diff(sentences.offsets)),
+    }
+
+
+def _last(h_BLD: Tensor, lengths_B: Tensor) -> Tensor:
+    """[B, D], the states of the last words."""
+    return h_BLD[torch.arange(len(h_BLD), device=h_BLD.device), lengths_B - 1]
+
+
+def _counts(tokens_N: np.ndarray, n_tokens: int) -> np.ndarray:
+    return np.bincount(tokens_N, minlength=n_tokens)
+
+
+def _gene_tokens(n_genes: int, n_model_genes: int, statistics: GeneStatistics | None) -> Tensor:
+    """int32 [V], the token of each gene of the vocabulary, -1 where it is no word."""
+    if n_genes <= n_model_genes:
+        return torch.arange(1, n_genes + 1, dtype=torch.int32)
+    token_V = torch.full((n_genes,), -1, dtype=torch.int32)
+    if statistics is not None:
+        genes_G = most_variable(statistics, n_model_genes)
+        token_V[torch.from_numpy(genes_G)] = torch.arange(1, len(genes_G) + 1, dtype=torch.int32)
+    return token_V
+
+
+def most_variable(statistics: GeneStatistics, n: int) -> np.ndarray:
+    """The n most variable genes, int64, ascending; fewer where fewer are expressed.
+
+    Normalised dispersion (Satija et al., Nature Biotechnology 33, 495 (2015)): variance over mean of log1p(CP10k),
+    standardised among the genes of similar mean, in 20 bins of equally many genes.
+    """
+    mean_V, std_V = statistics.mean_log1p_cp10k.double().numpy(), statistics.std_log1p_cp10k.double().numpy()
+    genes_G = np.flatnonzero(np.isfinite(mean_V) & np.isfinite(std_V) & (mean_V > 0))
+    dispersion_G = std_V[genes_G] ** 2 / mean_V[genes_G]
+    bin_G = np.argsort(np.argsort(mean_V[genes_G], kind="stable")) * MEAN_BINS // max(len(genes_G), 1)
+    size_Q = np.maximum(np.bincount(bin_G, minlength=MEAN_BINS), 1)
+    mean_Q = np.bincount(bin_G, dispersion_G, MEAN_BINS) / size_Q
+    spread_Q = np.sqrt(np.bincount(bin_G, (dispersion_G - mean_Q[bin_G]) ** 2, MEAN_BINS) / size_Q)
+    z_G = (dispersion_G - mean_Q[bin_G]) / np.maximum(spread_Q[bin_G], 1e-12)
+    rare_G = statistics.nonzero_cells.numpy()[genes_G] < MIN_CELLS
+    return np.sort(genes_G[np.lexsort((-z_G, rare_G))[:n]])
+
+
+MODEL = Scmulan
