@@ -208,7 +208,8 @@ def _genes(path: Path) -> tuple[str, list[str]]:
     if not fits or len(ordered) == n_specials:
         raise CellmillError(
             f"{path} is no token dictionary of Geneformer: its ids are to be 0, 1, 2, ..., first those of "
-            f"{' '.join(SPECIALS['V1'])} (V1) or {' '.join(SPECIALS['V2'])} (V2), then the genes; give the published one"
+            f"{' '.join(SPECIALS['V1'])} (V1) or {' '.join(SPECIALS['V2'])} (V2), "
+            "then the genes; give the published file"
         )
     return version, ordered[n_specials:]
 
