@@ -111,6 +111,11 @@ class Cache:
             stored[:, :, start : self.filled] = new
         return tuple(stored[:, :, : self.filled] for stored in self._layers[layer])
 
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the sentences alone."""
+        self.open_BS = self.open_BS[rows]
+        self._layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self._layers.items()}
+
 
 class Layer(nn.Module):
     """One pre-norm decoder layer without biases, with tanh-GELU."""
@@ -228,6 +233,13 @@ class Scmulan(CellModel):
     def n_known_genes(self) -> int:
         """Genes of the vocabulary that are words; `impute` has no opinion of the others."""
         return int((self.token_V >= 0).sum())
+
+    def gene_T(self) -> Tensor:
+        """int64 [T], the gene of the vocabulary that each token stands for, -1 for tokens that are none."""
+        genes_G = (self.token_V >= 0).nonzero().squeeze(1)
+        gene_T = torch.full((self.n_tokens,), -1, device=self.token_V.device)
+        gene_T[self.token_V[genes_G].long()] = genes_G
+        return gene_T
 
     @property
     def type_words(self) -> slice:
@@ -366,10 +378,7 @@ class Scmulan(CellModel):
         """The last states of gene words; each has seen the genes of higher token ids alone, as the mask is causal."""
         h_BLD = self.encode(inputs["tokens"], inputs["values"]).float()
         cells_N, places_N = (inputs["values"] > 0).nonzero(as_tuple=True)
-        gene_T = torch.zeros(self.n_tokens, dtype=torch.long, device=h_BLD.device)
-        genes_G = (self.token_V >= 0).nonzero().squeeze(1)
-        gene_T[self.token_V[genes_G].long()] = genes_G
-        return GeneStates(cells_N, gene_T[inputs["tokens"][cells_N, places_N]], h_BLD[cells_N, places_N])
+        return GeneStates(cells_N, self.gene_T()[inputs["tokens"][cells_N, places_N]], h_BLD[cells_N, places_N])
 
     def impute_inputs(self, cells: CellBatch, genes_BQ: np.ndarray) -> Inputs:
         """The visible genes as a sentence without metadata, to be continued; [B, Q] `asked`: the genes' tokens or -1.
