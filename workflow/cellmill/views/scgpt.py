@@ -14,7 +14,7 @@ import numpy as np
 
 from cellmill.randomness import uniform
 from cellmill.shards.batch import CellBatch
-from cellmill.views.ragged import Genes, hash_genes, keep_first, random_order, spread
+from cellmill.views.ragged import Genes, argsort_within, hash_genes, keep_first, random_order, spread
 
 HIDDEN_SHARES = (0.25, 0.5, 0.75)
 VALIDATION_SHARE = 0.5
@@ -70,6 +70,18 @@ def _edges(below: np.ndarray, upto: np.ndarray, n: np.ndarray, n_edges: int) -> 
     """Edges below, and up to, a count with `below` of its cell's `n` counts below it and `upto` up to it."""
     last, steps = np.maximum(n - 1, 1), n_edges - 1
     return -(-below * steps // last), np.where(n > 1, (upto - 1) * steps // last + 1, n_edges)
+
+
+def count_edges(cells: CellBatch, n_edges: int) -> np.ndarray:
+    """The edges of each cell's bins, as counts: float64 [B, Q], ascending; zeros for a cell without any."""
+    sorted_N = cells.counts[argsort_within(cells.offsets, cells.counts.astype(np.uint32))]
+    place_BQ = np.maximum(cells.lengths - 1, 0)[:, None] * np.linspace(0, 1, n_edges)
+    low_BQ = place_BQ.astype(np.int64)
+    high_BQ = np.minimum(low_BQ + 1, np.maximum(cells.lengths - 1, 0)[:, None])
+    counts_N = np.append(sorted_N, 0).astype(np.float64)  # an empty last cell's place is behind all counts
+    low_BQ, high_BQ, share_BQ = low_BQ + cells.offsets[:-1, None], high_BQ + cells.offsets[:-1, None], place_BQ - low_BQ
+    edges_BQ = counts_N[low_BQ] + share_BQ * (counts_N[high_BQ] - counts_N[low_BQ])
+    return edges_BQ * (cells.lengths > 0)[:, None]
 
 
 def embed(cells: CellBatch, *, n_edges: int, limit: int, keys: tuple = ("embed", 0)) -> Binned:
