@@ -39,7 +39,11 @@ run: $(READY)  ## run the workflow on CONFIG=config/NAME.yaml
 	$(BIN)/cellmill check $(CONFIG)
 	$(BIN)/snakemake --cores $(CORES) --configfile $(CONFIG)
 
-test: $(READY)  ## run all tests
+$(VENV)/.ready-parity: $(READY) envs/parity.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r envs/parity.txt
+	touch $@
+
+test: $(VENV)/.ready-parity  ## run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(READY)  ## style, workflow lint, drift of the generated config files
