@@ -1,13 +1,14 @@
 """What a model must beat on the yardstick: gene means, gene means on each cell's own line, PCA and kNN imputation.
 
 All are fitted on training cells, of which those of the calibration are left out: on these, asked as held-out cells are,
-the numbers of components and neighbours are chosen, for values by their correlation, for detection by its AUROC.
+the numbers of components and neighbours and the ridge are chosen, for values by correlation, for detection by AUROC.
 
 Legend: B cells, Q genes asked of a cell, V genes, M training cells, K principal components, N visible nonzeros.
 """
 
 import time
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 from scipy import sparse
@@ -22,9 +23,9 @@ from cellmill.shards.dataset import Shards
 from cellmill.views.ragged import log1p_cp10k, sum_within
 from cellmill.yardstick import Asked, Questions
 
-COMPONENTS = (10, 30, 100)
+COMPONENTS = (3, 10, 50)
+RIDGES = (0.01, 1.0)
 NEIGHBOURS = (15, 30, 60, 120)
-RIDGE = 1e-3
 _READ = 32
 _BATCH = 64
 
@@ -78,14 +79,14 @@ def fit(shards: Shards, asked: Questions) -> dict[str, yardstick.Answer]:
         )
     means = asked.survey.mean_V, asked.survey.detection_V
     values, detection = Components(x_MV), Components(_detected(x_MV))
-    n_values, n_detection = _best(lambda n: on_own_line(pca(values, detection, n, n)), values.choices, asked)
-    neighbours = Neighbours(x_MV, values, n_values)
-    k_values, k_detection = _best(lambda k: on_own_line(neighbours.guess(k, k)), neighbours.choices, asked)
+    pca_answer, (for_values, _) = tuned(lambda *chosen: pca(values, detection, *chosen), values.choices, asked)
+    neighbours = Neighbours(x_MV, values, *for_values)
+    knn_answer, _ = tuned(neighbours.guess, neighbours.choices, asked)
     return {
         "gene_means": lambda some: Imputed(*(mean_V[some.genes_BQ] for mean_V in means)),
         "gene_means_by_cell": on_own_line(lambda some: means),
-        "pca_imputation": on_own_line(pca(values, detection, n_values, n_detection)),
-        "knn_imputation": on_own_line(neighbours.guess(k_values, k_detection)),
+        "pca_imputation": pca_answer,
+        "knn_imputation": knn_answer,
     }
 
 
@@ -106,11 +107,51 @@ def _detected(x: sparse.csr_matrix) -> sparse.csr_matrix:
     return sparse.csr_matrix((np.ones_like(x.data), x.indices, x.indptr), shape=x.shape)
 
 
-def _best(answer: Callable[[int], yardstick.Answer], choices: list[int], asked: Questions) -> tuple[int, int]:
-    """The choices of highest correlation and of highest AUROC on the calibration's cells, the smallest of equals."""
+def tuned(guess: Callable[..., Guess], choices: list, asked: Questions) -> tuple[yardstick.Answer, tuple]:
+    """The best of a family of guesses, mixed with gene means and on each cell's own line.
+
+    Parameters
+    ----------
+    guess
+        Makes one from the choice for values and that for detection.
+    choices
+        What either may be; the smallest of equally good ones is taken.
+    asked
+        Correlation and AUROC on the cells of its calibration decide.
+
+    Returns
+    -------
+    The answer of the best; the two choices.
+    """
     tuning = Questions(asked.survey, asked.calibration, asked.calibration)
-    found = [yardstick.measure(answer(choice), tuning, _BATCH)[0] for choice in choices]
-    return tuple(choices[int(np.argmax([values[metric] or 0 for values in found]))] for metric in ("pearson", "auroc"))
+    answers = [on_own_line(mixed(guess(choice, choice), asked)) for choice in choices]
+    found = [yardstick.measure(answer, tuning, _BATCH)[0] for answer in answers]
+    best = tuple(choices[int(np.argmax([values[metric] or 0 for values in found]))] for metric in ("pearson", "auroc"))
+    return on_own_line(mixed(guess(*best), asked)), best
+
+
+def mixed(guess: Guess, asked: Questions) -> Guess:
+    """`guess`, to whose values the genes' nonzero means are added, in the proportion that is best in least squares.
+
+    Means over cells with zeros tell how often a gene is detected, too; what is asked is its value where it is.
+    Differences within the calibration's cells decide.
+    """
+    mean_V = asked.survey.mean_V
+    both_P2, truth_P = [], []
+    for some in yardstick.batches(asked.calibration, _BATCH):
+        hidden_BQ = some.truth_BQ > 0
+        value_BQ = np.take_along_axis(guess(some)[0], some.genes_BQ, axis=1)
+        of_hidden = (x[hidden_BQ].reshape(len(x), -1) for x in (value_BQ, mean_V[some.genes_BQ], some.truth_BQ))
+        value_P, of_gene_P, own_P = ((x - x.mean(axis=1, keepdims=True)).ravel() for x in of_hidden)
+        both_P2.append(np.stack([value_P, of_gene_P], axis=1))
+        truth_P.append(own_P)
+    weights = np.linalg.lstsq(np.concatenate(both_P2), np.concatenate(truth_P), rcond=None)[0].astype(np.float32)
+
+    def mixture(some: Asked) -> tuple[np.ndarray, np.ndarray]:
+        value_BV, detection_BV = guess(some)
+        return weights[0] * value_BV + weights[1] * mean_V, detection_BV
+
+    return mixture
 
 
 def on_own_line(guess: Guess) -> yardstick.Answer:
@@ -148,8 +189,8 @@ class Components:
 
     Attributes
     ----------
-    choices : list of int
-        Numbers of components to choose from.
+    choices : list of (int, float)
+        Numbers of components, each with every ridge, to choose from.
     """
 
     def __init__(self, x_MV: sparse.csr_matrix):
@@ -157,39 +198,39 @@ class Components:
 
         most = min(min(x_MV.shape) - 1, max(COMPONENTS))
         fitted = PCA(most, svd_solver="arpack", random_state=0).fit(x_MV)
-        self.choices = [n for n in COMPONENTS if n < most] + [most]
+        self.choices = list(product(sorted({min(n, most) for n in COMPONENTS}), RIDGES))
         self.components_VK = np.ascontiguousarray(fitted.components_.T, dtype=np.float32)
         self.mean_V = fitted.mean_.astype(np.float32)
 
-    def scores(self, x_BV: sparse.csr_matrix, genes_BQ: np.ndarray | None, n: int) -> np.ndarray:
+    def scores(self, x_BV: sparse.csr_matrix, genes_BQ: np.ndarray, n: int, ridge: float) -> np.ndarray:
         """float32 [B, K], the scores on the first `n` components that fit all genes but `genes_BQ` best.
 
-        These are what filling in the missing genes with their reconstruction, again and again, comes to: of least
-        squares over the other genes, with components W whose rows of the missing ones are W_Q, the normal matrix is
-        I - W_Q' W_Q.
+        These are what filling in the missing genes with their reconstruction, again and again, comes to: of ridge
+        regression on the other genes, with orthonormal components W whose rows of the missing genes are W_Q, the normal
+        matrix is I (1 + ridge) - W_Q' W_Q. The ridge draws cells that show little towards the mean cell.
         """
         components_VK = self.components_VK[:, :n]
-        scores_BK = x_BV @ components_VK - self.mean_V @ components_VK
-        if genes_BQ is None:
-            return scores_BK
         missing_BQK = components_VK[genes_BQ]
-        scores_BK += np.einsum("bqk,bq->bk", missing_BQK, self.mean_V[genes_BQ])
-        normal_BKK = (1 + RIDGE) * np.eye(n, dtype=np.float32) - missing_BQK.transpose(0, 2, 1) @ missing_BQK
-        return np.linalg.solve(normal_BKK, scores_BK[:, :, None])[:, :, 0]
+        normal_BKK = (1 + ridge) * np.eye(n, dtype=np.float32) - missing_BQK.transpose(0, 2, 1) @ missing_BQK
+        right_BK = x_BV @ components_VK - self.mean_V @ components_VK
+        right_BK += np.einsum("bqk,bq->bk", missing_BQK, self.mean_V[genes_BQ])
+        return np.linalg.solve(normal_BKK, right_BK[:, :, None])[:, :, 0]
 
-    def reconstruct(self, x_BV: sparse.csr_matrix, genes_BQ: np.ndarray, n: int) -> np.ndarray:
-        """float32 [B, V], from `n` components fitted to all genes but `genes_BQ`."""
-        return self.mean_V + self.scores(x_BV, genes_BQ, n) @ self.components_VK[:, :n].T
+    def reconstruct(self, x_BV: sparse.csr_matrix, genes_BQ: np.ndarray, n: int, ridge: float) -> np.ndarray:
+        """float32 [B, V], from `n` components."""
+        return self.mean_V + self.scores(x_BV, genes_BQ, n, ridge) @ self.components_VK[:, :n].T
 
 
-def pca(values: Components, detection: Components, n_values: int, n_detection: int) -> Guess:
+def pca(
+    values: Components, detection: Components, for_values: tuple[int, float], for_detection: tuple[int, float]
+) -> Guess:
     """PCA imputation: values from the components of log1p(CP10k), detection from those of what is detected."""
 
     def guess(asked: Asked) -> tuple[np.ndarray, np.ndarray]:
         x_BV = _matrix(asked.cells, len(values.mean_V))
         return (
-            values.reconstruct(x_BV, asked.genes_BQ, n_values),
-            detection.reconstruct(_detected(x_BV), asked.genes_BQ, n_detection),
+            values.reconstruct(x_BV, asked.genes_BQ, *for_values),
+            detection.reconstruct(_detected(x_BV), asked.genes_BQ, *for_detection),
         )
 
     return guess
@@ -204,8 +245,8 @@ class Neighbours:
         Training cells.
     components
         Their principal components.
-    n
-        How many of them distances are measured in.
+    n, ridge
+        How many of them distances are measured in, and the ridge by which a cell's scores are found.
 
     Attributes
     ----------
@@ -213,9 +254,9 @@ class Neighbours:
         Numbers of neighbours to choose from.
     """
 
-    def __init__(self, x_MV: sparse.csr_matrix, components: Components, n: int):
-        self.x_MV, self.detected_MV, self.components, self.n = x_MV, _detected(x_MV), components, n
-        self.scores_MK = components.scores(x_MV, None, n)
+    def __init__(self, x_MV: sparse.csr_matrix, components: Components, n: int, ridge: float):
+        self.x_MV, self.detected_MV, self.components, self.chosen = x_MV, _detected(x_MV), components, (n, ridge)
+        self.scores_MK = components.scores(x_MV, np.zeros((x_MV.shape[0], 0), np.int64), n, ridge)
         self.rate_V = np.asarray(self.detected_MV.mean(axis=0), dtype=np.float32).ravel()
         self.choices = [k for k in NEIGHBOURS if k < x_MV.shape[0]] or [x_MV.shape[0] - 1]
 
@@ -227,7 +268,7 @@ class Neighbours:
 
         def guess(asked: Asked) -> tuple[np.ndarray, np.ndarray]:
             x_BV = _matrix(asked.cells, len(self.rate_V))
-            scores_BK = self.components.scores(x_BV, asked.genes_BQ, self.n)
+            scores_BK = self.components.scores(x_BV, asked.genes_BQ, *self.chosen)
             distance_BM = (self.scores_MK**2).sum(axis=1) - 2 * scores_BK @ self.scores_MK.T
             return (
                 self._mean(distance_BM, k_values, self.x_MV, self.components.mean_V),
