@@ -53,6 +53,8 @@ QC_SCHEMA = pa.schema(
     ]
 )
 
+kernels.load()
+
 
 def curate_block(
     census: Census,
@@ -113,7 +115,7 @@ def curate_block(
     with (
         open_census(census, path) as collection,
         _table_writer(qc, QC_SCHEMA) as qc_writer,
-        _table_writer(prints, PRINTS_SCHEMA) as prints_writer,
+        _table_writer(prints, PRINTS_SCHEMA, use_dictionary=["dataset_id"]) as prints_writer,
         BlockWriter(out, Order(**content["order"])) as writer,
         Progress(f"block {block}", content["blocks"][block]["cells"]) as progress,
     ):
@@ -434,7 +436,8 @@ def _encoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 @contextlib.contextmanager
-def _table_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+def _table_writer(path: Path, schema: pa.Schema, use_dictionary: bool | list[str] = True) -> Iterator[pq.ParquetWriter]:
     """A parquet file that appears whole or not at all."""
-    with atomic(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    settings = {"compression": "zstd", "use_dictionary": use_dictionary}
+    with atomic(path) as temporary, pq.ParquetWriter(temporary, schema, **settings) as writer:
         yield writer

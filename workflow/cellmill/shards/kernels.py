@@ -108,6 +108,21 @@ def gather(joinid_N, var_N, count_N, joinid_B, code_of, state_BS, pairs):
     return -1
 
 
+def load() -> None:
+    """Compile `gather` and `pack`, or read them from the cache, for the types that a Census has.
+
+    This starts numba, which takes as long as many imports do: curation does it with its imports.
+    """
+    a_1, a_2 = (lambda kind, frozen=False: numba.types.Array(kind, 1, "C", frozen)), lambda kind: kind[:, ::1]
+    i4, i8, u8 = numba.int32, numba.int64, numba.uint64
+    stored = [a_1(i8, True), a_1(i8, True), a_1(numba.float32, True)]
+    gather.compile((*stored, a_1(i8, True), a_1(i4), a_2(i8), a_1(i8)))
+    room = [a_1(numba.uint8), a_1(numba.uint16), a_1(numba.uint8), a_1(numba.uint32)]
+    pack.compile(
+        (a_1(i8), a_1(i8), a_2(i8), a_1(i8), a_1(i4), a_1(numba.int8, True), a_1(u8), *room, a_2(i4), a_2(u8), a_2(i4))
+    )
+
+
 @numba.njit(nogil=True, cache=True)
 def _find(sorted_B, value, guess):
     """Position of `value`, first looked for at `guess`; -1 where it is absent."""
@@ -151,6 +166,7 @@ def pack(
         One more than the largest gene id.
     """
     bits = np.zeros(len(count_V) // 64 + 1, np.uint64)
+    grouped = np.empty(len(count_V) + 1, np.int64)
     at = n_far = n_many = n_genes = 0
     for k, row in enumerate(row_K):
         mine = pairs[first_B[row] : state_BS[row, NEXT]]
@@ -159,29 +175,48 @@ def pack(
             ascend &= mine[i - 1] < mine[i]
         if not ascend:
             _sort(mine, count_V, bits)
-        last = np.int64(0)
+        if _to_bytes(mine, genes[at : at + len(mine)], counts[at : at + len(mine)]):
+            last = np.int64(0)
+            for pair in mine:
+                gene, count = pair >> 32, pair & 0xFFFFFFFF
+                if gene - last >= OVERFLOWN:
+                    far[n_far] = gene - last
+                    n_far += 1
+                if count >= OVERFLOWN:
+                    many[n_many] = count
+                    n_many += 1
+                last = gene
+        # First the few genes that are in a group, again without branches.
+        n_grouped = 0
         for pair in mine:
-            gene, count = pair >> 32, pair & 0xFFFFFFFF
-            step = gene - last
-            last = gene
-            genes[at], counts[at] = min(step, OVERFLOWN), min(count, OVERFLOWN)
-            at += 1
-            if step >= OVERFLOWN:
-                far[n_far] = step
-                n_far += 1
-            if count >= OVERFLOWN:
-                many[n_many] = count
-                n_many += 1
-            group = group_V[gene]
-            if group >= 0:
-                # a sum, so that the order of genes does not matter
-                print_KG[k, group] += _mixed(key_V[gene], count)
-                members_KG[k, group] += 1
+            grouped[np.uint64(n_grouped)] = pair
+            n_grouped += group_V[np.uint64(pair >> 32)] >= 0
+        for pair in grouped[:n_grouped]:
+            gene = np.uint64(pair >> 32)
+            # a sum, so that the order of genes does not matter
+            print_KG[k, group_V[gene]] += _mixed(key_V[gene], pair & 0xFFFFFFFF)
+            members_KG[k, group_V[gene]] += 1
         if len(mine):
-            n_genes = max(n_genes, last + 1)
+            n_genes = max(n_genes, (mine[-1] >> 32) + 1)
+        at += len(mine)
         ends[0, k + 1] = ends[2, k + 1] = at
         ends[1, k + 1], ends[3, k + 1] = 2 * n_far, 4 * n_many
     return n_genes
+
+
+@numba.njit(nogil=True, cache=True)
+def _to_bytes(pairs, genes, counts):
+    """Fill the bytes of one cell; says whether any overflows. The loops are so plain that they become vector code."""
+    overflows = False
+    for i in range(len(pairs)):
+        step = (pairs[i] >> 32) - (pairs[i - 1] >> 32 if i else 0)
+        overflows |= step >= OVERFLOWN
+        genes[i] = min(step, OVERFLOWN)
+    for i in range(len(pairs)):
+        count = pairs[i] & 0xFFFFFFFF
+        overflows |= count >= OVERFLOWN
+        counts[i] = min(count, OVERFLOWN)
+    return overflows
 
 
 @numba.njit(nogil=True, cache=True)
