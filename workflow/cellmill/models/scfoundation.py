@@ -11,8 +11,9 @@ the squared error at the masked positions, zeros and nonzeros, against the cell 
 
 Token ids: gene g is g; then T is V, S is V + 1, padding V + 2.
 
-Legend: B cells, L tokens (E of them read by the encoder), D width of the encoder, C of the decoder, V genes, P = V + 2
-positions of the decoder, Q asked positions, H heads, K width of a head, F random features, N gene tokens of all cells.
+Legend: B cells, E tokens that the encoder reads, U tokens of all cells that it does not, D width of the encoder, C of
+the decoder, V genes, P = V + 2 positions of the decoder, R rows that are written over, Q asked positions, H heads,
+K width of a head, F random features, N nonzeros of all cells.
 """
 
 import math
@@ -36,14 +37,15 @@ from cellmill.views.ragged import (
     argsort_within,
     hash_genes,
     join,
+    keep_first,
     log1p_cp10k,
     pad,
-    place_within,
     spread,
 )
 
 FEATURE_FLOOR = 1e-4
 """Added to every random feature, as in the Performer's code, so that no query's weights are all zero."""
+EMBEDDING_STD = 0.02
 T, S = 0, 1
 """Columns of the depth tokens."""
 
@@ -73,6 +75,9 @@ class Sizes:
         default=0.1, metadata={"description": "Dropout of the encoder, also of attention weights.", "ge": 0, "lt": 1}
     )
     n_bins: int = field(default=100, metadata={"description": "Bins that a value's embedding is mixed from.", "ge": 1})
+    bin_alpha: float = field(
+        default=1.0, metadata={"description": "Weight of the short way through a value's network.", "ge": 0}
+    )
     decoder_attention: Literal["performer", "dense"] = field(
         default="performer",
         metadata={"description": "performer: by random features, linear in the genes; dense: exact."},
@@ -111,20 +116,23 @@ class Sizes:
 class ValueEmbedding(nn.Module):
     """A scalar to a mixture of learned bins, whose weights a small network gives ("auto-discretisation")."""
 
-    def __init__(self, n_bins: int, width: int):
+    def __init__(self, sizes: Sizes):
         super().__init__()
+        n_bins, width, self.alpha = sizes.n_bins, sizes.width, sizes.bin_alpha
         self.linear1 = nn.Linear(1, n_bins)
         self.linear2 = nn.Linear(n_bins, n_bins)
         self.bins = nn.Embedding(n_bins, width)
         self.mask = nn.Embedding(1, width)
         # nothing attends to padding, so its vector does nothing; the released weights hold it
         self.pad = nn.Embedding(1, width)
+        for embedding in (self.bins, self.mask, self.pad):
+            nn.init.normal_(embedding.weight, std=EMBEDDING_STD)
 
     def forward(self, values: Tensor) -> Tensor:
         """[..., D], from values of any shape; never in bfloat16, whose steps near 8 are 1/16."""
         with torch.autocast(values.device.type, enabled=False):
             a = F.leaky_relu(self.linear1(values.float().unsqueeze(-1)), 0.1)
-            return torch.softmax(a + self.linear2(a), -1) @ self.bins.weight
+            return torch.softmax(self.alpha * a + self.linear2(a), -1) @ self.bins.weight
 
 
 class EncoderLayer(nn.Module):
@@ -188,22 +196,25 @@ def performer(q_BHQK: Tensor, k_BHPK: Tensor, v_BHPK: Tensor, projection_FK: Ten
 
 
 def _features(x_BHPK: Tensor, projection_FK: Tensor, over: tuple[int, ...]) -> Tensor:
-    """[B, H, P, F]; the largest exponent but for the norm is 0, `over` these dimensions."""
-    x_BHPK = x_BHPK * x_BHPK.shape[3] ** -0.25
-    exponent_BHPF = x_BHPK @ projection_FK.T
-    norm_BHP1 = x_BHPK.square().sum(3, keepdim=True) / 2
-    return torch.exp(exponent_BHPF - norm_BHP1 - exponent_BHPF.detach().amax(over, keepdim=True)) + FEATURE_FLOOR
+    """[B, H, P, F]; exponents are lowered by the largest of the products `over` these dimensions."""
+    scale = x_BHPK.shape[3] ** -0.25
+    product_BHPF = x_BHPK @ (projection_FK.T * scale)
+    norm_BHP1 = x_BHPK.square().sum(3, keepdim=True) * (scale**2 / 2)
+    largest = product_BHPF.detach().amax(over, keepdim=True)
+    return torch.exp(product_BHPF - (norm_BHP1 + largest)) + FEATURE_FLOOR
 
 
 def draw_projection(n_features: int, width: int, *keys) -> Tensor:
     """Random directions, float32 [F, K], orthogonal within each block of K, of lengths as normal vectors have.
 
-    A function of `keys` (integers or strings) alone.
+    A function of `keys` (integers or strings) alone. The signs of the QR decomposition are set so that directions are
+    uniform (Mezzadri, Notices of the AMS 54, 592, 2007); as LAPACK leaves them, the estimated kernel is biased.
     """
     generator = torch.Generator().manual_seed(int(hash64("scfoundation projection", *keys).view(np.int64)[0]))
     n_blocks = -(-n_features // width)
     normal = torch.randn(n_blocks, width, width, generator=generator, device="cpu", dtype=torch.float64)
-    directions_FK = torch.linalg.qr(normal).Q.mT.flatten(0, 1)[:n_features]
+    q, r = torch.linalg.qr(normal)
+    directions_FK = (q * r.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)).mT.flatten(0, 1)[:n_features]
     lengths_F = torch.randn(n_features, width, generator=generator, device="cpu", dtype=torch.float64).norm(dim=1)
     return (directions_FK * lengths_F[:, None]).float()
 
@@ -227,6 +238,18 @@ class Scfoundation(CellModel):
             **{"n_layers": 1, "width": 32, "n_heads": 2, "hidden": 64, "max_length": 258, "dropout": 0.0},
             **{"decoder_layers": 1, "decoder_width": 32, "decoder_heads": 2, "decoder_hidden": 64},
         ),
+        "tiny": Sizes(
+            **{"n_layers": 4, "width": 128, "n_heads": 4, "hidden": 512, "max_length": 1024},
+            **{"decoder_layers": 2, "decoder_width": 96, "decoder_heads": 3, "decoder_hidden": 384},
+        ),
+        "small": Sizes(
+            **{"n_layers": 8, "width": 288, "n_heads": 8, "hidden": 1152, "max_length": 1024},
+            **{"decoder_layers": 3, "decoder_width": 192, "decoder_heads": 6, "decoder_hidden": 768},
+        ),
+        "base": Sizes(
+            **{"n_layers": 12, "width": 512, "n_heads": 8, "hidden": 2048, "max_length": 1024},
+            **{"decoder_layers": 6, "decoder_width": 384, "decoder_heads": 6, "decoder_hidden": 1536},
+        ),
         "published": Sizes(
             **{"n_layers": 12, "width": 768, "n_heads": 12, "hidden": 3072, "max_length": 19_266},
             **{"decoder_layers": 6, "decoder_width": 512, "decoder_heads": 8, "decoder_hidden": 2048},
@@ -238,7 +261,7 @@ class Scfoundation(CellModel):
     def __init__(self, sizes: Sizes, n_genes: int, statistics: GeneStatistics | None = None, categories=None):
         super().__init__(sizes, n_genes, statistics, categories)
         self.n_positions, self.pad = n_genes + 2, n_genes + 2
-        self.value_embedding = ValueEmbedding(sizes.n_bins, sizes.width)
+        self.value_embedding = ValueEmbedding(sizes)
         self.gene_embedding = nn.Embedding(n_genes + 3, sizes.width)
         self.encoder = nn.ModuleList(EncoderLayer(sizes) for _ in range(sizes.n_layers))
         self.encoder_norm = nn.LayerNorm(sizes.width)
@@ -247,6 +270,9 @@ class Scfoundation(CellModel):
         self.decoder_norm = nn.LayerNorm(sizes.decoder_width)
         self.final_norm = nn.LayerNorm(sizes.decoder_width)
         self.head = nn.Linear(sizes.decoder_width, 1)
+        nn.init.normal_(self.gene_embedding.weight, std=EMBEDDING_STD)
+        if sizes.decoder_attention == "performer":
+            self.register_buffer("steps_since_redraw", torch.zeros((), dtype=torch.int64))
         self._drawn: int | None = None
         self._draw_projections(0)
 
@@ -256,48 +282,70 @@ class Scfoundation(CellModel):
             if hasattr(layer, "projection"):
                 layer.projection.copy_(draw_projection(*layer.projection.shape, draw, number))
 
-    def _matrix(self, encoded: views.Encoded, *keys) -> Inputs:
-        """`tokens` and `values` [B, L]: T, S, then the genes in random order, of which the encoder reads the first."""
+    def _redraw(self, step: int) -> None:
+        """The random features of a training step."""
+        draw, since = divmod(step, self.sizes.redraw_every)
+        if draw != self._drawn:
+            self._draw_projections(draw)
+            self._drawn = draw
+        if self.sizes.decoder_attention == "performer":
+            self.steps_since_redraw.fill_(since)
+
+    def _inputs(self, encoded: views.Encoded, *keys) -> Inputs:
+        """`tokens`, `values` [B, E], which the encoder reads: T, S, genes; `unread`, `unread_values` [U], the rest.
+
+        Which genes are left where a cell has too many is random by `keys`. `unread` are places among B (P + 1).
+        """
         genes, values_N = encoded
         if self.sizes.released_depth_tokens:
             index = np.flatnonzero(values_N > 0)
             genes = Genes(genes.joinids, np.searchsorted(index, genes.offsets), genes.genes[index])
             values_N = values_N[index]
-        key_N = (hash_genes(genes, "scfoundation encoder", *keys) >> np.uint64(33)).astype(np.uint32)
-        key_N += np.uint32(2)
-        from_end_N = spread(np.diff(genes.offsets), genes.offsets) - place_within(genes.offsets)
-        key_N = np.where(from_end_N > 2, key_N, 2 - from_end_N).astype(np.uint32)
-        order = argsort_within(genes.offsets, key_N)
+        # T and S, the last two of each cell, become the first two
+        from_end_N = spread(genes.offsets[1:], genes.offsets) - np.arange(len(values_N))
+        hash_N = hash_genes(genes, "scfoundation encoder", *keys) >> np.uint64(32)
+        order = argsort_within(genes.offsets, np.where(from_end_N <= 2, 0, hash_N | np.uint64(1)).astype(np.uint32))
+        kept, offsets = keep_first(genes.offsets, self.sizes.max_length)
+        is_unread_N = np.ones(len(order), bool)
+        is_unread_N[kept] = False
+        first_N = spread(np.arange(len(genes.joinids)) * (self.n_positions + 1), genes.offsets)
+        read, unread = order[kept], order[is_unread_N]
         return {
-            "tokens": torch.from_numpy(pad(genes.offsets, genes.genes[order], self.pad, dtype=np.int64)),
-            "values": torch.from_numpy(pad(genes.offsets, values_N[order], 0, dtype=np.float32)),
+            "tokens": torch.from_numpy(pad(offsets, genes.genes[read], self.pad, dtype=np.int64)),
+            "values": torch.from_numpy(pad(offsets, values_N[read], 0, dtype=np.float32)),
+            "unread": torch.from_numpy(first_N[unread] + genes.genes[unread]),
+            "unread_values": torch.from_numpy(values_N[unread]),
         }
 
     def pretrain_inputs(self, cells: CellBatch, *, seed: int, step: int | None) -> Inputs:
         """Thinned and masked cells.
 
-        `tokens`, `values` [B, L], what is shown; `asked` [B, Q], the masked positions; `hidden` [B, Q], whether the
-        decoder sees the mask there; `targets` [B, Q], the raw cell's values. See `cellmill.views.scfoundation.pretrain`.
+        Beside what is shown (`_inputs`): `asked` [B, Q], the masked positions; `hidden` [B, Q], whether the decoder
+        sees the mask there; `targets` [B, Q], the raw cell's values. See `cellmill.views.scfoundation.pretrain`.
         """
         encoded, *masked = views.pretrain(cells, n_genes=self.n_genes, seed=seed, step=step)
         offsets, places = join([part.genes.offsets for part in masked])
         genes_N, hidden_N, targets_N = (np.empty(offsets[-1], kind) for kind in (np.int64, bool, np.float32))
         for part, place in zip(masked, places, strict=True):
             genes_N[place], hidden_N[place], targets_N[place] = part.genes.genes, part.hidden, part.targets
-        return self._matrix(encoded, seed, -1 if step is None else step) | {
+        return self._inputs(encoded, seed, -1 if step is None else step) | {
             "asked": torch.from_numpy(pad(offsets, genes_N, self.pad)),
             "hidden": torch.from_numpy(pad(offsets, hidden_N, False)),
             "targets": torch.from_numpy(pad(offsets, targets_N, 0)),
         }
 
     def embed_inputs(self, cells: CellBatch, target_counts: np.ndarray | None = None) -> Inputs:
-        """`tokens`, `values` [B, L]; `target_counts` [B] is the depth that T asks for, by default the cell's own."""
-        return self._matrix(views.embed(cells, n_genes=self.n_genes, target_counts=target_counts))
+        """What is shown (`_inputs`), and `asked` [B, Q], the genes that each cell expresses.
+
+        `target_counts` [B] is the depth that T asks for, by default the cell's own.
+        """
+        shown = self._inputs(views.embed(cells, n_genes=self.n_genes, target_counts=target_counts))
+        return shown | {"asked": torch.from_numpy(pad(cells.offsets, cells.genes, self.pad, dtype=np.int64))}
 
     def encode(self, inputs: Inputs) -> Tensor:
         """[B, E, D], the normalised states of the tokens that the encoder reads, T and S first."""
-        tokens_BE, values_BE = (inputs[name][:, : self.sizes.max_length] for name in ("tokens", "values"))
-        x_BED = self.value_embedding(values_BE) + self.gene_embedding(tokens_BE)
+        tokens_BE = inputs["tokens"]
+        x_BED = self.value_embedding(inputs["values"]) + self.gene_embedding(tokens_BE)
         mask = key_mask(tokens_BE != self.pad)
         for layer in self.encoder:
             x_BED = layer(x_BED, mask)
@@ -309,17 +357,19 @@ class Scfoundation(CellModel):
         The map from the encoder's width to the decoder's is linear, so genes are mapped once, not once a cell. Of the
         last layer only the asked positions are computed.
         """
-        tokens_BL, weight = inputs["tokens"], self.to_decoder.weight
-        read_BED = self.encode(inputs)
-        unread_BLD = self.value_embedding(inputs["values"][:, self.sizes.max_length :])
-        shown_BLD = torch.cat([read_BED, unread_BLD.to(read_BED.dtype)], 1)
-        shown_BLC, mask_1C = F.linear(shown_BLD, weight), F.linear(self.value_embedding.mask.weight, weight)
-        zero_1C = F.linear(self.value_embedding(torch.zeros(1, device=weight.device)), weight)
+        weight, n_rows = self.to_decoder.weight, self.n_positions + 1
+        read_BED, tokens_BE = self.encode(inputs), inputs["tokens"]
+        unread_UD = self.value_embedding(inputs["unread_values"])
+        zero_1D = self.value_embedding(torch.zeros(1, device=weight.device))
+        mask_1C = F.linear(self.value_embedding.mask.weight, weight)
         # the row after the last position takes what is written for padding, and is cut off
-        index_BR = torch.cat([tokens_BL, torch.where(hidden_BQ, asked_BQ, self.pad)], 1)
-        values_BRC = torch.cat([shown_BLC, mask_1C.expand(*asked_BQ.shape, -1)], 1)
-        x_BPC = zero_1C.expand(len(tokens_BL), self.n_positions + 1, -1)
-        x_BPC = x_BPC.scatter(1, index_BR.unsqueeze(2).expand_as(values_BRC), values_BRC)[:, : self.n_positions]
+        first_B1 = torch.arange(len(tokens_BE), device=weight.device).unsqueeze(1) * n_rows
+        masked_BQ = torch.where(hidden_BQ, asked_BQ, self.pad) + first_B1
+        index_R = torch.cat([(tokens_BE + first_B1).flatten(), inputs["unread"], masked_BQ.flatten()])
+        shown_RC = F.linear(torch.cat([read_BED.flatten(0, 1), unread_UD.to(read_BED.dtype)]), weight)
+        values_RC = torch.cat([shown_RC, mask_1C.to(shown_RC.dtype).expand(masked_BQ.numel(), -1)])
+        x_RC = F.linear(zero_1D, weight).to(shown_RC.dtype).expand(len(tokens_BE) * n_rows, -1)
+        x_BPC = x_RC.index_copy(0, index_R, values_RC).unflatten(0, (-1, n_rows))[:, : self.n_positions]
         x_BPC = x_BPC + self.to_decoder(self.gene_embedding.weight[: self.n_positions])
         for layer in self.decoder[:-1]:
             x_BPC = layer(x_BPC)
@@ -338,10 +388,7 @@ class Scfoundation(CellModel):
         In training the random features are those of the step: drawn again every `redraw_every` steps.
         """
         if self.training and step is not None and self.sizes.redraw_every:
-            draw = step // self.sizes.redraw_every
-            if draw != self._drawn:
-                self._draw_projections(draw)
-                self._drawn = draw
+            self._redraw(step)
         return {"mse": self._term(self.predict(inputs, inputs["asked"], inputs["hidden"]), inputs)}
 
     def _term(self, predicted_BQ: Tensor, inputs: Inputs) -> LossTerm:
@@ -356,7 +403,7 @@ class Scfoundation(CellModel):
         """
         pooling = self.check_pooling(pooling)
         x_BED = self.encode(inputs).float()
-        is_token_BE1 = (inputs["tokens"][:, : x_BED.shape[1]] != self.pad).unsqueeze(2)
+        is_token_BE1 = (inputs["tokens"] != self.pad).unsqueeze(2)
         if pooling == "max":
             return _maximum(x_BED, is_token_BE1)
         x_BED, depths_B2D, is_gene_BE1 = x_BED[:, 2:], x_BED[:, :2], is_token_BE1[:, 2:]
@@ -375,40 +422,37 @@ class Scfoundation(CellModel):
 
         The paper has them for all V genes of each cell; here are those that the cell expresses.
         """
-        tokens_BN = inputs["tokens"]
-        is_gene_BN = tokens_BN < self.n_genes
-        states_BNC = self.decode(inputs, tokens_BN, torch.zeros_like(is_gene_BN))
-        return GeneStates(is_gene_BN.nonzero()[:, 0], tokens_BN[is_gene_BN], states_BNC[is_gene_BN].float())
+        asked_BQ = inputs["asked"]
+        is_gene_BQ = asked_BQ != self.pad
+        states_BQC = self.decode(inputs, asked_BQ, torch.zeros_like(is_gene_BQ))
+        return GeneStates(is_gene_BQ.nonzero()[:, 0], asked_BQ[is_gene_BQ], states_BQC[is_gene_BQ].float())
 
     def impute_inputs(self, cells: CellBatch, genes_BQ: np.ndarray) -> Inputs:
-        """`tokens`, `values` [B, L] of what is visible, `asked` [B, Q]; T and S are the whole cell's depth."""
+        """What is visible (`_inputs`), T and S the whole cell's depth; `asked` [B, Q], the genes."""
         return self.embed_inputs(cells) | {"asked": torch.from_numpy(np.asarray(genes_BQ, np.int64))}
 
     def impute(self, inputs: Inputs) -> Imputed:
-        """The predicted values where the decoder sees the mask; a gene is the likelier detected the larger its value."""
+        """The predicted values, the mask in the genes' places; a gene is the likelier detected the larger its value."""
         values_BQ = self.predict(inputs, inputs["asked"], torch.ones_like(inputs["asked"], dtype=torch.bool))
         return Imputed(values_BQ, values_BQ)
 
     def fit_trivial(self, batches: Iterable[CellBatch]) -> Tensor:
-        """[V], the mean value of each gene over the positions that training masks: nonzeros ten times as often as zeros.
+        """[V], each gene's mean value over the positions that training masks: nonzeros ten times as often as zeros.
 
         Each cell counts with the probability that its gene is masked, over all draws of thinning and masking.
         """
         sums_V, weights_V, n_cells = np.zeros(self.n_genes), np.zeros(self.n_genes), 0
         for cells in batches:
-            weights_N = mask_probability(cells) - views.ZERO_RATE
-            sums_V += np.bincount(
-                cells.genes, (weights_N + views.ZERO_RATE) * log1p_cp10k(cells), minlength=self.n_genes
-            )
-            weights_V += np.bincount(cells.genes, weights_N, minlength=self.n_genes)
+            weights_N = mask_probability(cells)
+            sums_V += np.bincount(cells.genes, weights_N * log1p_cp10k(cells), minlength=self.n_genes)
+            weights_V += np.bincount(cells.genes, weights_N - views.ZERO_RATE, minlength=self.n_genes)
             n_cells += len(cells)
         return torch.from_numpy(sums_V / (weights_V + views.ZERO_RATE * max(n_cells, 1))).float()
 
     def trivial_losses(self, inputs: Inputs, trivial: Tensor) -> Losses:
         """`mse` when every masked gene is predicted by its mean."""
-        return {
-            "mse": self._term(trivial.to(inputs["asked"].device)[inputs["asked"].clamp(max=self.n_genes - 1)], inputs)
-        }
+        asked_BQ = inputs["asked"]
+        return {"mse": self._term(trivial.to(asked_BQ.device)[asked_BQ.clamp(max=self.n_genes - 1)], inputs)}
 
 
 def mask_probability(cells: CellBatch) -> np.ndarray:

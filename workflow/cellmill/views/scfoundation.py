@@ -200,7 +200,7 @@ def _zero_draws(draws_BW: np.ndarray, n_genes: int) -> tuple[np.ndarray, np.ndar
 
 def _depths(n_genes: int, target_B: np.ndarray, source_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[2 B], the tokens T and S of every cell, and their values."""
-    tokens_B2, counts_B2 = np.empty((2, len(target_B), 2), np.int64)
+    tokens_B2, counts_B2 = np.empty((len(target_B), 2), np.int64), np.empty((len(target_B), 2))
     tokens_B2[:] = n_genes, n_genes + 1
     counts_B2[:, 0], counts_B2[:, 1] = target_B, source_B
     return tokens_B2.ravel(), np.log10(np.maximum(counts_B2, 1)).ravel()
