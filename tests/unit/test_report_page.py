@@ -36,6 +36,15 @@ METHODS = {  # name: kind, level of its scores, spread over seeds
     "shuffled": ("control", 0.07, 0.004),
 }
 
+YARDSTICK = {  # name: kind, level of its scores
+    "gene_means": ("baseline", 0.63),
+    "pca_imputation": ("baseline", 0.72),
+    "scgpt-demo": ("model", 0.68),
+    "geneformer-demo": ("model", 0.60),
+    "scgpt-demo.untrained": ("untrained", 0.30),
+    "geneformer-demo.untrained": ("untrained", 0.61),
+}
+
 
 def cell_batch(adata) -> CellBatch:
     x = sp.csr_matrix(adata.X).astype(np.int64)
@@ -142,6 +151,12 @@ def score_rows(seeds, methods=METHODS, datasets=("baron_pancreas",)) -> list[dic
                 for metric, scale in (("loss", 1), ("mlm", 0.7), ("contrast", 0.3)):
                     value = level * scale + 0.02 * rng.normal() * (kind != "baseline")
                     add("pretraining", "corpus", "validation", name, kind, "none", seed, metric, value, higher=False)
+        for model, (kind, level) in YARDSTICK.items():
+            for metric, shift, higher in (("pearson", 0, True), ("mse", 0.1, False), ("pearson_residual", -0.2, True)):
+                unknown = metric == "pearson_residual" and model == "gene_means"
+                value = None if unknown else level + shift + 0.001 * rng.normal() * (kind != "baseline")
+                reason = "it follows from the gene's mean" if unknown else None
+                add("yardstick", "corpus", "validation", model, kind, "none", seed, metric, value, higher, reason)
     return rows
 
 
@@ -403,7 +418,7 @@ def test_every_score_is_in_the_page(run):
     shown = page.payload["table"]
     assert sum(len(values) for values in shown["values"]) == table.num_rows - table["value"].null_count
     nulls = [reason for mean, reason in zip(shown["mean"], shown["reason"], strict=True) if mean is None]
-    assert set(nulls) == {"kBET needs two batches per label & <3>"}
+    assert set(nulls) == {"kBET needs two batches per label & <3>", "it follows from the gene's mean"}
     assert set(shown["seen"]) == {"no"}
 
 
@@ -450,6 +465,40 @@ def test_headline_follows_the_numbers(bare):
     assert "the pretrained model scgpt-demo ranks first of 6" in other.text
     assert "The best pretrained model, scgpt-demo, ranks 3" in one.text
     assert "Pretraining improves it over its untrained twin" in other.text
+
+
+def test_yardstick_has_a_section_of_its_own(run):
+    page = run[1]
+    section = page.html.split('<section id="yardstick">')[1].split("</section>")[0]
+    table = re.findall(r"<tr><td>.*?</tr>", section, re.DOTALL)
+    cells = [[re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<td.*?</td>", row)] for row in table]
+    assert [row[0] for row in cells] == [
+        "pca_imputation",
+        "scgpt-demo",
+        "gene_means",
+        "geneformer-demo, untrained",
+        "geneformer-demo",
+        "scgpt-demo, untrained",
+    ]
+    assert cells[0] == ["pca_imputation", "0.720", "0.520", "0.820"]
+    assert cells[2] == ["gene_means", "0.630", "–", "0.730"]
+    assert 'title="it follows from the gene' in table[2]
+    assert re.fullmatch(r"0\.68\d \[0\.6[78]\d, 0\.68\d\]", cells[1][1])
+    assert section.count('class="chart" id="dots-yardstick.corpus"') == 1
+    assert len(page.payload["data"]["yardstick.corpus"]["label"]) == 17, "a dot for each method and metric with a value"
+    assert page.text.count("ranks first of 6 (Pearson 0.720, the same over 3 seeds)") == 2, "headline and section"
+    assert "No pretrained model beats pca_imputation." in page.text
+    assert "No pretrained model beats gene_means" not in page.text
+    assert "Better than the same network untrained: scgpt-demo." in page.text
+    assert "Not better than the same network untrained: geneformer-demo." in page.text
+    ranking = page.html.split('<section id="ranking">')[1].split("</section>")[0]
+    assert "yardstick" not in ranking.lower()
+
+
+def test_without_a_yardstick_the_page_says_so(bare):
+    page = bare([row for row in score_rows((0, 1)) if row["task"] != "yardstick"])
+    assert "there is no common yardstick" in page.text
+    assert 'class="chart" id="dots-yardstick' not in page.html
 
 
 def test_one_seed_has_no_intervals_and_says_so(bare):

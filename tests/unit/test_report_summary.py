@@ -17,6 +17,7 @@ from cellmill.report.summary import (
     primary,
     summarise,
     with_interval,
+    yardstick_headline,
 )
 from scipy import stats
 
@@ -176,6 +177,43 @@ def test_loss_headline():
     assert "below its untrained twin (9.100 [8.852, 9.348]; intervals apart)" in said
     assert "not below its trivial baseline (5.100; no difference shown)" in said
     assert loss_headline(summary, "other") is None
+
+
+def yardstick_of(methods: dict, seeds=(0, 1, 2)) -> str:
+    rows = table(methods, metric="pearson", task="yardstick", seeds=seeds)
+    return str(yardstick_headline(summarise(rows)))
+
+
+def test_yardstick_names_the_baselines_that_no_model_beats():
+    methods = {
+        "gene_means": ("baseline", [0.5] * 3),
+        "pca": ("baseline", [0.62] * 3),
+        "knn": ("baseline", [0.7] * 3),
+        "net": ("model", [0.58, 0.62, 0.66]),
+        "net.untrained": ("untrained", [0.2, 0.21, 0.22]),
+        "other": ("model", [0.3, 0.31, 0.32]),
+        "other.untrained": ("untrained", [0.3, 0.3, 0.31]),
+    }
+    said = yardstick_of(methods)
+    assert said.startswith(
+        "Common yardstick, hidden genes of held-out cells: the baseline knn ranks first of 7 (Pearson 0.700, the same"
+    )
+    assert "No pretrained model beats knn and pca." in said, "gene_means is below net's interval, pca within"
+    assert "Better than the same network untrained: net." in said
+    assert "Not better than the same network untrained: other." in said
+    methods["net"] = ("model", [0.8, 0.81, 0.82])
+    assert "Each baseline is beaten by a pretrained model." in yardstick_of(methods)
+
+
+def test_yardstick_of_one_seed_or_no_answer():
+    methods = {"pca": ("baseline", [0.6]), "net": ("model", [0.7]), "net.untrained": ("untrained", [0.1])}
+    said = yardstick_of(methods, seeds=(0,))
+    assert "Each baseline is beaten by a pretrained model. Better than the same network untrained: net." in said
+    assert yardstick_of({"pca": ("baseline", [0.6] * 3), "net": ("model", [None] * 3)}).endswith(
+        "No pretrained model answered."
+    )
+    assert yardstick_of({"net": ("model", [None] * 3)}) == "Common yardstick: no method answered (too few cells)."
+    assert yardstick_headline(summarise(table({"net": ("model", [0.5] * 3)}))) is None
 
 
 def test_primary_takes_what_the_table_has():

@@ -86,6 +86,7 @@ def write_report(
         "facts": sections.facts(results, opened),
         "kinds": sections.kinds(results),
         "rankings": sections.rankings(page, results),
+        "yardstick": sections.yardstick(page, results),
         "seeds": sorted(table.column("seed").unique().to_pylist()),
         "losses": sections.losses(page, results),
         "curves": sections.curves(page, inputs.read_logs(logs), results),
@@ -140,6 +141,7 @@ def _missing(results: pd.DataFrame, context: dict) -> list[str]:
     if nulls:
         missing.append(f"{nulls} of {len(results)} scores have no value; the table below gives each one's reason.")
     said = {
+        "yardstick": "No model was asked for hidden genes, so there is no common yardstick.",
         "losses": "No held-out loss was scored.",
         "curves": "No training log was given, so there are no training curves.",
         "umaps": "No embeddings were given, so there are no UMAPs.",

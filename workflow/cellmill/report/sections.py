@@ -11,11 +11,24 @@ from cellmill.report import charts, inputs, quality, summary
 from cellmill.report.render import Figures
 from cellmill.shards.dataset import Shards
 
+YARDSTICK = {
+    "pearson": "correlation over the hidden genes of a cell, mean over cells",
+    "pearson_residual": "correlation over all cells, beyond what the gene's training mean explains",
+    "mse": "squared error of log1p(CP10k) after one scale and shift, fitted on training cells",
+    "mse_uncalibrated": "squared error of log1p(CP10k) as answered",
+    "auroc": "hidden genes against true zeros by detection, mean over cells",
+}
+"""Metrics of the yardstick in the order of the table's columns, and what they are."""
+OWN_SECTIONS = ("pretraining", "yardstick")
+"""Tasks that are not among the rankings."""
+
 
 def headlines(results: pd.DataFrame) -> list[summary.Headline]:
-    """What the table says of every task and data set, then of every model's held-out loss."""
-    pairs = results[results["task"] != "pretraining"][["task", "dataset"]].drop_duplicates().itertuples(index=False)
+    """What the table says of every task and data set, of the yardstick, then of every model's held-out loss."""
+    ranked = results[~results["task"].isin(OWN_SECTIONS)]
+    pairs = ranked[["task", "dataset"]].drop_duplicates().itertuples(index=False)
     said = [summary.headline(results, *pair) for pair in pairs]
+    said += filter(None, [summary.yardstick_headline(results)])
     models = results[(results["task"] == "pretraining") & (results["kind"] == "model")]["model"].unique()
     return said + [line for line in (summary.loss_headline(results, model) for model in models) if line]
 
@@ -108,33 +121,62 @@ def _choices(rows: pd.DataFrame, task: str, chosen: tuple[str, str, str]) -> lis
 def rankings(page: Figures, results: pd.DataFrame) -> list[dict]:
     """A dot plot per task and data set."""
     rankings = []
-    for (task, dataset), rows in results[results["task"] != "pretraining"].groupby(["task", "dataset"], sort=False):
-        chosen = summary.primary(results, task, dataset)
-        signals = dict(zip(("regime", "split", "metric"), chosen, strict=True))
-        controls = bool((rows["mean"].notna() & ~rows["kind"].isin(summary.RANKED)).any())
-        spec = "dots-references" if controls else "dots"
-        figure = page.figure(
-            spec,
-            charts.dots(controls),
-            f"{task}.{dataset}",
-            _dot_rows(rows),
-            height=27 * rows["label"].nunique(),
-            **signals,
-        )
-        higher = rows.groupby("metric")["higher_is_better"].first().to_dict()
-        rankings.append(
-            {
-                "task": task,
-                "dataset": dataset,
-                "figure": figure,
-                "choosers": _choices(rows, task, chosen),
-                "controls": controls,
-                "higher": {metric: "higher is better" if up else "lower is better" for metric, up in higher.items()},
-                "metric": chosen[2],
-                "unscored": sorted(set(rows[rows["mean"].isna()]["label"])),
-            }
-        )
+    ranked = results[~results["task"].isin(OWN_SECTIONS)]
+    for (task, dataset), rows in ranked.groupby(["task", "dataset"], sort=False):
+        rankings.append(_ranking(page, results, task, dataset, rows))
     return rankings
+
+
+def _ranking(page: Figures, results: pd.DataFrame, task: str, dataset: str, rows: pd.DataFrame) -> dict:
+    chosen = summary.primary(results, task, dataset)
+    signals = dict(zip(("regime", "split", "metric"), chosen, strict=True))
+    controls = bool((rows["mean"].notna() & ~rows["kind"].isin(summary.RANKED)).any())
+    spec = "dots-references" if controls else "dots"
+    figure = page.figure(
+        spec,
+        charts.dots(controls),
+        f"{task}.{dataset}",
+        _dot_rows(rows),
+        height=27 * rows["label"].nunique(),
+        **signals,
+    )
+    higher = rows.groupby("metric")["higher_is_better"].first().to_dict()
+    return {
+        "task": task,
+        "dataset": dataset,
+        "figure": figure,
+        "choosers": _choices(rows, task, chosen),
+        "controls": controls,
+        "higher": {metric: "higher is better" if up else "lower is better" for metric, up in higher.items()},
+        "metric": chosen[2],
+        "unscored": sorted(set(rows[rows["mean"].isna()]["label"])),
+    }
+
+
+def yardstick(page: Figures, results: pd.DataFrame) -> dict | None:
+    """What every model and baseline knows of the same hidden genes: a dot plot and a table; None where none was asked.
+
+    The table has a row for each method, by rank of the first metric, and a column for each metric.
+    """
+    rows = results[results["task"] == "yardstick"]
+    if rows.empty:
+        return None
+    dataset = rows["dataset"].iloc[0]
+    ranking = _ranking(page, results, "yardstick", dataset, rows)
+    metrics = sorted(rows["metric"].unique(), key=[*YARDSTICK].index)
+    by_rank = rows[rows["metric"] == metrics[0]].sort_values("rank", kind="stable", na_position="last")
+    methods = []
+    for label in by_rank["label"]:
+        own = rows[rows["label"] == label].set_index("metric")
+        cells = [summary.with_interval(summary.row_of(own.loc[metric])) for metric in metrics]
+        reasons = list(dict.fromkeys(reason for reason in own.loc[metrics, "reason"] if reason))
+        methods.append({"label": label, "kind": own["kind"].iloc[0], "cells": cells, "reasons": reasons})
+    return ranking | {
+        "metrics": [(metric, YARDSTICK[metric]) for metric in metrics],
+        "methods": methods,
+        "cells": int(rows["cells"].max()),
+        "headline": summary.yardstick_headline(results),
+    }
 
 
 def losses(page: Figures, results: pd.DataFrame) -> list[dict]:

@@ -25,6 +25,7 @@ PRIMARY = {
     "annotation": ("zero_shot", "mean", "macro_f1"),
     "integration": ("zero_shot", "all", "total"),
     "pretraining": ("none", "validation", "loss"),
+    "yardstick": ("none", "validation", "pearson"),
 }
 SHOWN, NOT_SHOWN, NOT_TESTED = "difference shown", "no difference shown", "not tested"
 
@@ -178,6 +179,11 @@ METRICS = {
     "avg_bio": "AvgBIO",
     "avg_batch": "AvgBATCH",
     "loss": "loss",
+    "pearson": "Pearson",
+    "pearson_residual": "Pearson beyond gene means",
+    "mse": "MSE",
+    "mse_uncalibrated": "MSE, not calibrated",
+    "auroc": "AUROC",
 }
 
 
@@ -297,6 +303,47 @@ def loss_headline(summary: pd.DataFrame, model: str) -> Headline | None:
         verdict = {SHOWN: "intervals apart", NOT_SHOWN: NOT_SHOWN, NOT_TESTED: NOT_TESTED}[compare(own, other)]
         said.append(f"{side} {name} ({with_interval(other)}; {verdict})")
     return Headline(f"{model}: held-out loss {_measured(rows.loc['model'])}; {', '.join(said)}.")
+
+
+def yardstick_headline(summary: pd.DataFrame) -> Headline | None:
+    """Who knows hidden genes best, which baselines no model beats, which models beat their untrained twins; or None.
+
+    To beat is to have the better mean, unless intervals overlap.
+    """
+    rows = summary[summary["task"] == "yardstick"]
+    if rows.empty:
+        return None
+    metric = primary(summary, "yardstick", rows["dataset"].iloc[0])[2]
+    ranked = rows[(rows["metric"] == metric) & rows["rank"].notna()].sort_values("rank", kind="stable")
+    if ranked.empty:
+        return Headline(f"Common yardstick: no method answered ({_reasons(rows)}).")
+    top = ranked.iloc[0]
+    first = (
+        f"Common yardstick, hidden genes of held-out cells: {_subject(top)} ranks first of {len(ranked)} "
+        f"({metric_name(metric)} {_measured(top)})."
+    )
+    kinds = {kind: [row for _, row in ranked[ranked["kind"] == kind].iterrows()] for kind in RANKED}
+    if not kinds["model"]:
+        return Headline(first, "No pretrained model answered.")
+    more = []
+    unbeaten = [b["label"] for b in kinds["baseline"] if not any(_beats(model, b) for model in kinds["model"])]
+    if unbeaten:
+        more.append(f"No pretrained model beats {_listed(unbeaten)}.")
+    elif kinds["baseline"]:
+        more.append("Each baseline is beaten by a pretrained model.")
+    twins = {base_name(twin["model"]): twin for twin in kinds["untrained"]}
+    pairs = [(model, twins[model["model"]]) for model in kinds["model"] if model["model"] in twins]
+    better = [model["label"] for model, twin in pairs if _beats(model, twin)]
+    others = [model["label"] for model, twin in pairs if not _beats(model, twin)]
+    more += [f"Better than the same network untrained: {_listed(better)}."] if better else []
+    more += [f"Not better than the same network untrained: {_listed(others)}."] if others else []
+    return Headline(first, " ".join(more))
+
+
+def _beats(one: pd.Series, other: pd.Series) -> bool:
+    """Whether `one` has the better mean and the intervals, where there are any, do not overlap."""
+    better = one["mean"] > other["mean"] if one["higher_is_better"] else one["mean"] < other["mean"]
+    return bool(better) and compare(row_of(one), row_of(other)) != NOT_SHOWN
 
 
 def _listed(names: list[str]) -> str:
