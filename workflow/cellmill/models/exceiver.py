@@ -1,0 +1,329 @@
+"""Exceiver: a Perceiver IO that reads all detected genes into a few latents, and asks them for hidden ones.
+
+Connell, Khan and Keiser, "A single-cell gene expression language model", arXiv:2210.14330 (2022); keiserlab/exceiver.
+
+A gene's value is its standardised log1p(CP10k), shifted so that the average is 1, and multiplies the gene's embedding:
+these are the keys and values of a cross-attention whose queries are learned latents. Self-attention layers process the
+latents; a second cross-attention, whose queries are the embeddings of hidden genes, reads the answers from them, so the
+cost is linear in the number of genes. A fixed number of detected genes is hidden in each cell: 15 % of the median
+number that a training cell expresses.
+
+A hidden gene is a key with the zero vector. Undetected genes are no keys (``mask_mode`` "paper"), so they are not
+computed at all. The released code passes its padding mask as floats, which torch adds to the logits: there all genes
+are keys, and undetected ones are looked at e times as much as the others (``mask_mode`` "released").
+
+The original's process layers start as copies of one prototype layer, which stays in its module unused (size
+``prototype_layer``, for equal counts); ours start independently.
+
+Legend: B cells, L keys, V genes, D width, M latents, H hidden genes of a cell, Q genes asked for, N nonzeros.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cellmill.errors import CellmillError
+from cellmill.models.attention import MultiHeadAttention, key_mask
+from cellmill.models.base import CellModel, GeneStates, GeneStatistics, Imputed, Inputs, Losses, LossTerm
+from cellmill.shards.batch import CellBatch
+from cellmill.views import exceiver as views
+from cellmill.views.ragged import pad
+
+RELEASED_LOGIT = 1.0
+"""What the released code adds to the logits of undetected genes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Sizes of an Exceiver."""
+
+    width: int = field(metadata={"description": "Width of genes and latents.", "ge": 1})
+    n_latents: int = field(metadata={"description": "Latents that a cell is read into.", "ge": 1})
+    n_layers: int = field(metadata={"description": "Self-attention layers of the latents.", "ge": 1})
+    n_heads: int = field(metadata={"description": "Attention heads; divides width.", "ge": 1})
+    hidden: int = field(metadata={"description": "Width of a layer's feed-forward network.", "ge": 1})
+    mask_mode: Literal["paper", "released"] = field(
+        default="paper",
+        metadata={"description": "paper: undetected genes are not read; released: they are, one added to the logit."},
+    )
+    prototype_layer: bool = field(
+        default=False, metadata={"description": "Keep the released code's unused layer, for equal parameter counts."}
+    )
+
+    def __post_init__(self):
+        if self.width % self.n_heads:
+            raise CellmillError(f"exceiver: width {self.width} is no multiple of n_heads {self.n_heads}; change one")
+
+
+class CrossAttention(nn.Module):
+    """Pre-norm attention of queries to another sequence, then an MLP; residual to the queries as they came in."""
+
+    def __init__(self, sizes: Sizes):
+        super().__init__()
+        self.keys_norm = nn.LayerNorm(sizes.width)
+        self.queries_norm = nn.LayerNorm(sizes.width)
+        self.attention = MultiHeadAttention(sizes.width, sizes.n_heads)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(sizes.width),
+            nn.Linear(sizes.width, sizes.width),
+            nn.GELU(),
+            nn.LayerNorm(sizes.width),
+            nn.Linear(sizes.width, sizes.width),
+        )
+
+    def forward(self, queries_BQD: Tensor, keys_BLD: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, Q, D]; `mask` as for `attend`."""
+        attended_BQD = self.attention(self.queries_norm(queries_BQD), mask, others=self.keys_norm(keys_BLD))
+        x_BQD = queries_BQD + attended_BQD
+        return x_BQD + self.mlp(x_BQD)
+
+
+class Layer(nn.Module):
+    """One post-norm transformer layer with GELU, without dropout, as published."""
+
+    def __init__(self, sizes: Sizes):
+        super().__init__()
+        self.attention = MultiHeadAttention(sizes.width, sizes.n_heads)
+        self.attention_norm = nn.LayerNorm(sizes.width)
+        self.intermediate = nn.Linear(sizes.width, sizes.hidden)
+        self.output = nn.Linear(sizes.hidden, sizes.width)
+        self.output_norm = nn.LayerNorm(sizes.width)
+
+    def forward(self, x_BMD: Tensor) -> Tensor:
+        """[B, M, D]."""
+        x_BMD = self.attention_norm(x_BMD + self.attention(x_BMD))
+        return self.output_norm(x_BMD + self.output(F.gelu(self.intermediate(x_BMD))))
+
+
+class Exceiver(CellModel):
+    """Exceiver.
+
+    Parameters
+    ----------
+    sizes
+        See `Sizes`.
+    n_genes
+        V.
+    statistics
+        Mean and standard deviation of log1p(CP10k) and the median number of genes are kept as buffers; a gene without a
+        mean, which no training cell expresses, is never read. None leaves them empty, to be loaded from a checkpoint or
+        given to `set_statistics`.
+    """
+
+    Sizes = Sizes
+    presets: ClassVar[dict[str, Sizes]] = {
+        "demo": Sizes(width=32, n_latents=16, n_layers=2, n_heads=2, hidden=64),
+        "tiny": Sizes(width=128, n_latents=64, n_layers=4, n_heads=4, hidden=512),
+        "small": Sizes(width=320, n_latents=64, n_layers=7, n_heads=5, hidden=1280),
+        "base": Sizes(width=576, n_latents=64, n_layers=12, n_heads=9, hidden=2304),
+        "published": Sizes(width=4, n_latents=128, n_layers=8, n_heads=4, hidden=2048, prototype_layer=True),
+    }
+    published_genes: ClassVar[dict[str, int]] = {"published": 19_067}
+    poolings = ("latents", "mean")
+
+    def __init__(self, sizes: Sizes, n_genes: int, statistics: GeneStatistics | None = None, categories=None):
+        super().__init__(sizes, n_genes, statistics, categories)
+        self.gene_embedding = nn.Embedding(n_genes + 1, sizes.width, padding_idx=n_genes)  # the last: a hidden gene
+        self.latents = nn.Parameter(torch.randn(sizes.n_latents, sizes.width))
+        self.encoder = CrossAttention(sizes)
+        self.layers = nn.ModuleList(Layer(sizes) for _ in range(sizes.n_layers))
+        self.decoder = CrossAttention(sizes)
+        self.head = nn.Sequential(nn.LayerNorm(sizes.width), nn.Linear(sizes.width, 1), nn.GELU(), nn.Linear(1, 1))
+        self.prototype = Layer(sizes) if sizes.prototype_layer else None
+        self.apply(_initialise)
+        self.register_buffer("mean", torch.full((n_genes,), torch.nan))
+        self.register_buffer("std", torch.full((n_genes,), torch.nan))
+        self.register_buffer("n_hidden", torch.zeros((), dtype=torch.int64))  # 0: not known
+        self._of_views: tuple[np.ndarray, np.ndarray, int] | None = None
+        if statistics is not None:
+            self.set_statistics(statistics)
+
+    def set_statistics(self, statistics: GeneStatistics) -> None:
+        """Standardise by other cells' mean and standard deviation, and hide by their median number of genes.
+
+        The original standardises its validation cells by their own statistics; a user of released weights, which hold
+        none, gives those of their cells.
+        """
+        median = float(statistics.median_genes)
+        self.mean.copy_(statistics.mean_log1p_cp10k)
+        self.std.copy_(statistics.std_log1p_cp10k)
+        self.n_hidden.fill_(0 if np.isnan(median) else views.hidden_genes(median))
+        self._of_views = None
+
+    def _view_statistics(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """Mean and standard deviation, float32 [V], and H; copied once, as a copy from a GPU waits for all its work."""
+        if self._of_views is None:
+            mean_V, std_V = self.mean.cpu().numpy().copy(), self.std.cpu().numpy().copy()
+            if np.isnan(mean_V).all():
+                raise CellmillError(
+                    "this exceiver has no mean and standard deviation of genes; build it with the corpus statistics, "
+                    "load a checkpoint or call set_statistics"
+                )
+            self._of_views = mean_V, std_V, int(self.n_hidden)
+        return self._of_views
+
+    def _keys(self, shown: views.Standardised, n_nulls_B: np.ndarray | int = 0, asked_BQ=None) -> Inputs:
+        """The encoder's keys.
+
+        Parameters
+        ----------
+        shown
+            Genes that are keys.
+        n_nulls_B
+            Further keys of each cell with the zero vector, as hidden genes are.
+        asked_BQ
+            Genes that are hidden, and so not undetected.
+
+        Returns
+        -------
+        dict
+            ``genes`` and ``values`` [B, L], padded; ``keys`` bool [B, L], which of them are keys; in the released mode
+            ``undetected`` bool [B, V].
+        """
+        (_, offsets, genes_N), values_N = shown
+        lengths_B = np.diff(offsets) + n_nulls_B
+        n_free = int(np.max(n_nulls_B, initial=0))
+        genes_BL = pad(offsets, genes_N, self.n_genes, after=n_free, dtype=np.int64)
+        inputs = {
+            "genes": torch.from_numpy(genes_BL),
+            "values": torch.from_numpy(pad(offsets, values_N, views.HIDDEN_VALUE, after=n_free)),
+            "keys": torch.from_numpy(np.arange(genes_BL.shape[1]) < lengths_B[:, None]),
+        }
+        if self.sizes.mask_mode == "released":
+            undetected = np.ones((len(lengths_B), self.n_genes + 1), bool)  # a column for padding
+            np.put_along_axis(undetected, genes_BL, False, axis=1)
+            if asked_BQ is not None:
+                np.put_along_axis(undetected, asked_BQ, False, axis=1)
+            inputs["undetected"] = torch.from_numpy(undetected[:, :-1].copy())
+        return inputs
+
+    def pretrain_inputs(self, cells: CellBatch, *, seed: int, step: int | None) -> Inputs:
+        """The keys, as in `_keys`, and ``asked`` [B, H], the hidden genes, with ``targets`` [B, H], their shifted z.
+
+        Cells with fewer than 2 H detected genes are left out, as in the original. See `cellmill.views.exceiver`.
+        """
+        mean_V, std_V, n_hidden = self._view_statistics()
+        if n_hidden == 0:
+            raise CellmillError(
+                "this exceiver does not know how many genes to hide; give it statistics with the median number of "
+                "genes of a cell, of at least 7"
+            )
+        out = views.pretrain(cells, mean_V, std_V, n_hidden=n_hidden, seed=seed, step=step)
+        asked_BH = out.genes_BH.astype(np.int64)
+        return self._keys(out.shown, asked_BQ=asked_BH) | {
+            "asked": torch.from_numpy(asked_BH),
+            "targets": torch.from_numpy(out.targets_BH),
+        }
+
+    def embed_inputs(self, cells: CellBatch) -> Inputs:
+        """The keys of all detected genes, as in `_keys`; every cell has some inputs, however few its genes."""
+        return self._keys(views.embed(cells, *self._view_statistics()[:2]))
+
+    def encode(self, inputs: Inputs) -> Tensor:
+        """[B, M, D], the latents after the process layers."""
+        x_BLD = inputs["values"][..., None] * self.gene_embedding(inputs["genes"])
+        mask = key_mask(inputs["keys"])
+        if self.sizes.mask_mode == "released":
+            zeros_VD = self._value_of_zero()[:, None] * self.gene_embedding.weight[:-1]
+            x_BLD = torch.cat([x_BLD, zeros_VD.expand(len(x_BLD), -1, -1)], dim=1)
+            logits_BL = x_BLD.new_full(x_BLD.shape[:2], -torch.inf)
+            logits_BL[:, : mask.shape[3]].masked_fill_(inputs["keys"], 0.0)
+            logits_BL[:, mask.shape[3] :].masked_fill_(inputs["undetected"], RELEASED_LOGIT)
+            mask = logits_BL[:, None, None, :]
+        x_BMD = self.encoder(self.latents.expand(len(x_BLD), -1, -1), x_BLD, mask)
+        for layer in self.layers:
+            x_BMD = layer(x_BMD)
+        return x_BMD
+
+    def _value_of_zero(self) -> Tensor:
+        """[V], the value of a gene with no count."""
+        z_V = -self.mean / torch.where(self.std == 0, 1.0, self.std)
+        return torch.nan_to_num(z_V, nan=0.0).clamp(max=views.CLIP) + views.SHIFT
+
+    def decode(self, latents_BMD: Tensor, genes_BQ: Tensor) -> Tensor:
+        """[B, Q, D], the states of genes that the latents are asked for."""
+        return self.decoder(self.gene_embedding(genes_BQ), latents_BMD)
+
+    def _predict(self, inputs: Inputs) -> Tensor:
+        """[B, Q], the shifted z of the genes ``asked``."""
+        return self.head(self.decode(self.encode(inputs), inputs["asked"])).squeeze(2).float()
+
+    def forward(self, inputs: Inputs, *, step: int | None = None) -> Losses:
+        """`mse`: squared error of the shifted z of hidden genes."""
+        return {"mse": _squared_error(self._predict(inputs), inputs["targets"])}
+
+    def embed_cells(self, inputs: Inputs, pooling: str | None = None) -> Tensor:
+        """[B, M D], the latents side by side ("latents"), or [B, D], their mean ("mean")."""
+        pooling = self.check_pooling(pooling)
+        latents_BMD = self.encode(inputs).float()
+        return latents_BMD.flatten(1) if pooling == "latents" else latents_BMD.mean(1)
+
+    def embed_genes(self) -> Tensor:
+        """[V, D], the gene embeddings."""
+        return self.gene_embedding.weight[:-1].detach().float().clone()
+
+    def gene_states(self, inputs: Inputs) -> GeneStates:
+        """The decoder's states of the genes that each cell expresses, before the head."""
+        cells_N, places_N = inputs["keys"].nonzero(as_tuple=True)
+        states_BLD = self.decode(self.encode(inputs), inputs["genes"])
+        return GeneStates(cells_N, inputs["genes"][cells_N, places_N], states_BLD[cells_N, places_N].float())
+
+    def impute_inputs(self, cells: CellBatch, genes_BQ: np.ndarray) -> Inputs:
+        """The keys of the visible genes and, as in training, of H hidden ones, at most as many as are visible."""
+        mean_V, std_V, n_hidden = self._view_statistics()
+        shown = views.embed(cells, mean_V, std_V)
+        asked_BQ = np.asarray(genes_BQ, dtype=np.int64)
+        n_nulls_B = np.minimum(np.diff(shown.genes.offsets), n_hidden)
+        return self._keys(shown, n_nulls_B, asked_BQ) | {"asked": torch.from_numpy(asked_BQ)}
+
+    def impute(self, inputs: Inputs) -> Imputed:
+        """The head's answer, standardised back, at least 0; it is the detection, too.
+
+        The objective asks for detected genes alone, so z says how high a gene would be: highest for rare ones. The
+        value itself, which holds the gene's mean, says which genes a cell likely expresses.
+        """
+        asked_BQ = inputs["asked"]
+        z_BQ = self._predict(inputs) - views.SHIFT
+        std_V = torch.where(self.std == 0, 1.0, self.std)
+        value_BQ = torch.nan_to_num(z_BQ * std_V[asked_BQ] + self.mean[asked_BQ], nan=0.0)
+        return Imputed(value_BQ.clamp(min=0), value_BQ)
+
+    def fit_trivial(self, batches: Iterable[CellBatch]) -> Tensor:
+        """[V], the mean of each gene's shifted z where it is detected, over the cells that training takes.
+
+        The mean over all genes counts as one more cell: it steadies genes that few cells express.
+        """
+        mean_V, std_V, n_hidden = self._view_statistics()
+        sum_V, n_V = np.zeros(self.n_genes), np.zeros(self.n_genes)
+        for cells in batches:
+            cells = cells.take(np.flatnonzero(cells.lengths >= 2 * n_hidden))
+            (_, _, genes_N), values_N = views.embed(cells, mean_V, std_V)
+            sum_V += np.bincount(genes_N, values_N, self.n_genes)
+            n_V += np.bincount(genes_N, minlength=self.n_genes)
+        overall = sum_V.sum() / max(n_V.sum(), 1)
+        return torch.from_numpy((sum_V + overall) / (n_V + 1)).float()
+
+    def trivial_losses(self, inputs: Inputs, trivial: Tensor) -> Losses:
+        """`mse` when every hidden gene is predicted by its mean over the training cells that express it."""
+        return {"mse": _squared_error(trivial.to(inputs["asked"].device)[inputs["asked"]], inputs["targets"])}
+
+
+def _squared_error(predicted_BH: Tensor, targets_BH: Tensor) -> LossTerm:
+    total = F.mse_loss(predicted_BH, targets_BH, reduction="sum")
+    return LossTerm(total, torch.full((), targets_BH.numel(), device=total.device))
+
+
+def _initialise(module: nn.Module) -> None:
+    """As torch's own MultiheadAttention: Xavier's uniform projections, zero biases. The rest is torch's default."""
+    if isinstance(module, MultiHeadAttention):
+        nn.init.xavier_uniform_(module.qkv.weight)
+        nn.init.zeros_(module.qkv.bias)
+        nn.init.zeros_(module.out.bias)
+
+
+MODEL = Exceiver
