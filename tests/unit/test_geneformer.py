@@ -6,6 +6,10 @@ import torch
 from cellmill.errors import CellmillError
 from cellmill.models.base import parameter_counts, total_loss
 from cellmill.models.geneformer import CLS, EOS, MASK, PAD, Geneformer
+from cellmill.randomness import unit
+from cellmill.shards.batch import CellBatch
+from cellmill.views import geneformer as views
+from cellmill.views.ragged import hash_genes, log1p_cp10k, place_within, select
 from model_cells import assert_cells_are_independent, make_batch, real_statistics, statistics_of_medians, train
 from shard_cells import real_cells
 
@@ -120,6 +124,46 @@ def test_ranks_of_real_cells_are_those_of_the_formula(model, blood):
         assert np.array_equal(tokens[row, first : first + len(expected)], expected + model.n_specials)
 
 
+def test_masking_rates_over_ten_thousand_cells(blood):
+    """Real cells, drawn again under other joinids."""
+    cells = blood.take(np.arange(10_000) % len(blood))
+    cells = CellBatch(np.arange(10_000), cells.offsets, cells.genes, cells.counts, cells.totals)
+    median_V = real_statistics(blood, N_GENES).median_nonzero_cp10k.numpy()
+    out = views.pretrain(cells, median_V, limit=100, mask_rate=0.15, seed=0, step=1)
+    n, true_M = len(out.ranks.genes), out.ranks.genes[out.index_M]
+    assert n == 1_000_000
+    # standard errors: 0.00036 of the rate, 0.001 of the shares
+    assert len(true_M) / n == pytest.approx(0.15, abs=0.0018)
+    masked, same = out.shown_M == views.MASKED, out.shown_M == true_M
+    assert masked.mean() == pytest.approx(0.8, abs=0.005)
+    assert same.mean() == pytest.approx(0.1, abs=0.005)
+    assert (~masked & ~same).mean() == pytest.approx(0.1, abs=0.005)
+    # a target's chance depends neither on its rank nor on its cell
+    first, per_cell = place_within(out.ranks.offsets)[out.index_M], np.bincount(out.index_M // 100, minlength=10_000)
+    assert (first < 50).mean() == pytest.approx(0.5, abs=0.007)
+    assert per_cell.std() == pytest.approx(np.sqrt(100 * 0.15 * 0.85), rel=0.05)
+
+
+def test_objective_by_hand():
+    """Cross-entropy, at the masked positions alone, of given logits."""
+    model = tiny("V1", 8, [1.0, 1.0, 1.0])
+    logits_MT = torch.tensor([[0.0, 1.0, 2.0, 0.5, -1.0], [3.0, 0.0, 0.0, 0.0, 0.0]])
+    model.name = lambda x_MD: logits_MT
+    inputs = {"tokens": torch.tensor([[2, 1, 4]]), "positions": torch.tensor([1, 2]), "targets": torch.tensor([3, 4])}
+    term = model(inputs)["mlm"]
+    first = np.log(np.exp([0.0, 1.0, 2.0, 0.5, -1.0]).sum()) - 0.5
+    assert term.sum.item() == pytest.approx(first + np.log(np.exp(3) + 4))
+    assert term.count == 2
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("tiny", 1), ("small", 10), ("base", 50)])
+def test_the_dial(preset, millions):
+    with torch.device("meta"):
+        model = Geneformer(Geneformer.presets[preset], 20_000)
+    assert parameter_counts(model)["without_embeddings"] == pytest.approx(millions * 1e6, rel=0.1)
+    assert model.sizes.max_length == 1024
+
+
 def test_masking_rates_on_real_cells(model, blood):
     clean = model.embed_inputs(blood)["tokens"]
     inputs = model.pretrain_inputs(blood, seed=0, step=5)
@@ -171,9 +215,140 @@ def test_poolings(model, blood):
         assert model.poolings[0] == "cls"
         assert not torch.equal(model.embed_cells(inputs, "mean"), model.embed_cells(inputs))
     else:
-        assert model.poolings == ("mean",)
+        assert model.poolings == ("mean", "mean_last")
         with pytest.raises(CellmillError, match="no pooling 'cls'.*one of mean"):
             model.embed_cells(inputs, "cls")
+
+
+def test_poolings_by_hand(model, blood):
+    """Each pooling of a padded cell, from the states of its layer."""
+    model.eval()
+    shortest, longest = np.argsort(blood.lengths)[[0, -1]]
+    inputs = model.embed_inputs(blood.take([shortest, longest]))
+    row = inputs["tokens"][0]
+    for pooling in model.poolings:
+        layer = 2 if pooling.endswith("_last") else 1
+        with torch.no_grad():
+            x_LD = model.encode(inputs["tokens"], layer)[0]
+            embedded = model.embed_cells(inputs, pooling)[0]
+        expected = x_LD[0] if pooling.startswith("cls") else x_LD[row >= model.n_specials].mean(0)
+        torch.testing.assert_close(embedded, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_gene_states(model, blood):
+    model.eval()
+    cells = blood.take([2, 0, 1])
+    inputs = model.embed_inputs(cells)
+    with torch.no_grad():
+        states = model.gene_states(inputs)
+        x_BLD = model.encode(inputs["tokens"], 1)
+    first = 1 if model.sizes.version == "V2" else 0
+    assert states.states_ND.shape == ((inputs["tokens"] >= model.n_specials).sum(), 16)
+    for row in range(3):
+        mine = states.cells_N == row
+        n = mine.sum()
+        genes = inputs["tokens"][row, first : first + n] - model.n_specials
+        assert torch.equal(states.genes_N[mine], genes)
+        assert torch.equal(states.states_ND[mine], x_BLD[row, first : first + n])
+        assert set(genes.tolist()) <= set(cells.genes[cells.cell_of == row].tolist())
+
+
+def test_questions_by_hand():
+    #                gene: 0 1 2 3 4 5 6 7, and 8 that has no median; falling values, so ranks are gene ids
+    median_V = np.array([1.0] * 8 + [np.nan], np.float32)
+    counts = [800, 700, 600, 500, 400, 300, 200, 100]
+    cells = make_batch([dict(enumerate([*counts, 5])), {}, {3: 2}], totals=[10_000, 0, 40_000])
+    m = views.MASKED
+    out = views.impute(cells, median_V, limit=100, mask_rate=0.25)
+    assert out.ranks.genes.tolist() == [0, 1, m, 2, 3, 4, 5, m, 6, 7, m, m, 3]
+    assert out.ranks.offsets.tolist() == [0, 10, 11, 13]
+    assert out.index_M.tolist() == [2, 7, 10, 11]
+    assert out.n_ranks_M.tolist() == [4, 4, 1, 1]
+    geometric = [np.log([800, 700, 600, 500]).mean(), np.log([400, 300, 200, 100]).mean(), 0, np.log(0.5)]
+    np.testing.assert_allclose(out.log_value_M, geometric, rtol=1e-6)
+    assert out.rest_B.tolist() == [0, 0, 0]
+    # without room for all, the lowest ranks are left out
+    out = views.impute(cells.take([0]), median_V, limit=6, mask_rate=0.25)
+    assert out.ranks.genes.tolist() == [0, m, 1, 2, m, 3]
+    assert out.n_ranks_M.tolist() == [2, 2]
+    geometric = [np.log([800, 700]).mean(), np.log([600, 500]).mean()]
+    np.testing.assert_allclose(out.log_value_M, geometric, rtol=1e-6)
+    assert out.rest_B.tolist() == [0.5]
+    np.testing.assert_allclose(out.rest_log_value_B, np.log([400, 300, 200, 100]).mean(), rtol=1e-6)
+
+
+def test_imputation_is_the_formula(model, blood):
+    """Cell by cell and gene by gene, from the probabilities at the masks."""
+    model.eval()
+    cells = blood.take([3, 8])
+    genes_BQ = np.array([[5, 70, 900], [20_001, 70, 6]])
+    inputs = model.impute_inputs(cells, genes_BQ)
+    asked = views.impute(cells, model.medians.numpy(), limit=model._room, mask_rate=0.15)
+    assert np.diff(asked.offsets).tolist() == [32, 32]
+    with torch.no_grad():
+        imputed = model.impute(inputs)
+        log_p_BLT = model.name(model.encode(inputs["tokens"], 2)).log_softmax(2)
+    assert (inputs["tokens"].flatten()[inputs["positions"]] == MASK).all()
+    assert (inputs["tokens"] == MASK).sum() == 64
+    for row in range(2):
+        places = (inputs["tokens"][row] == MASK).nonzero()[:, 0]
+        span = slice(*asked.offsets[row : row + 2])
+        for column, gene in enumerate(genes_BQ[row]):
+            p = log_p_BLT[row, places, gene + model.n_specials].exp().double().numpy() * asked.n_ranks_M[span]
+            median = np.nan_to_num(model.medians[gene].item())
+            value = (p * np.log1p(np.exp(asked.log_value_M[span]) * median)).sum() / p.sum()
+            rest = asked.rest_B[row]
+            assert 0.4 < rest < 1
+            value = (1 - rest) * value + rest * np.log1p(np.exp(asked.rest_log_value_B[row]) * median)
+            assert imputed.values_BQ[row, column].item() == pytest.approx(value, rel=1e-4, abs=1e-7)
+            assert imputed.detection_BQ[row, column].item() == pytest.approx(np.log(p.sum()), rel=1e-4)
+
+
+def test_imputation_of_a_cell_does_not_depend_on_the_others(model, blood):
+    model.eval()
+    cells = CellBatch.concatenate([make_batch([{}, {5: 1}]), blood.take([4, np.argmin(blood.lengths)])])
+    genes_BQ = np.array([[1, 2], [900, 4], [17, 6], [20_000, 9]])
+    with torch.no_grad():
+        together = model.impute(model.impute_inputs(cells, genes_BQ))
+        for row in range(4):
+            alone = model.impute(model.impute_inputs(cells.take([row]), genes_BQ[[row]]))
+            for part, whole in zip(alone, together, strict=True):
+                assert part.isfinite().all()
+                torch.testing.assert_close(part[0], whole[row], atol=1e-5, rtol=1e-5)
+
+
+def test_imputation_learns(blood):
+    """Trained on some cells, it knows hidden genes of others from zeros, better than untrained."""
+    n_genes = 1000
+    blood = select(blood, blood.genes < n_genes)
+    train_cells, cells = blood.slice(0, 300), blood.slice(300, 360)
+    hidden_N = unit(hash_genes(cells, "hide")) < 0.3
+    shown, (rows, genes) = select(cells, ~hidden_N), (cells.cell_of[hidden_N], cells.genes[hidden_N])
+    truth_N = log1p_cp10k(cells)[hidden_N]
+    dense_BV = np.zeros((len(cells), n_genes), bool)
+    dense_BV[cells.cell_of, cells.genes] = True
+    genes_BQ = np.tile(np.arange(n_genes), (len(cells), 1))
+    visible_BV = np.zeros_like(dense_BV)
+    visible_BV[shown.cell_of, shown.genes] = True
+
+    def judged(model) -> tuple[float, float]:
+        with torch.no_grad():
+            values_BQ, detection_BQ = (part.numpy() for part in model.impute(model.impute_inputs(shown, genes_BQ)))
+        asked = ~visible_BV
+        order = np.argsort(np.argsort(detection_BQ[asked]))
+        positive = dense_BV[asked]
+        n = positive.sum()
+        auroc = (order[positive].sum() - n * (n - 1) / 2) / n / (len(positive) - n)
+        return auroc, np.corrcoef(values_BQ[rows, genes], truth_N)[0, 1]
+
+    torch.manual_seed(0)
+    sizes = Geneformer.Sizes(version="V1", max_length=128, dropout=0.0, **TINY)
+    model = Geneformer(sizes, n_genes, real_statistics(train_cells, n_genes)).eval()
+    untrained = judged(model)
+    train(model, train_cells.slice(0, 60), steps=30, learning_rate=1e-2)
+    trained = judged(model)
+    assert trained[0] > max(untrained[0] + 0.1, 0.75)
+    assert min(untrained[1], trained[1]) > 0.6  # the ranks and medians of the view say most of the value
 
 
 def test_gene_embeddings(model):

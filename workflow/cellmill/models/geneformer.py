@@ -9,7 +9,11 @@ learned absolute positions, post-norm layers, a decoder tied to the token embedd
 Token ids: the specials first (V1 pad 0, mask 1; V2 also cls 2, eos 3), then gene g at ``g + n_specials``.
 An empty cell has no token in V1: its embedding is zero. In V2 it is <cls><eos>.
 
-Legend: B cells, L tokens, D width, V genes, T = V + specials tokens in the vocabulary, M masked positions, N nonzeros.
+Embeddings come from the second-to-last layer, as in the papers' zero-shot use; the poolings that end in `_last` read
+the last one, as V2's papers do for perturbations and after fine-tuning.
+
+Legend: B cells, L tokens, D width, V genes, T = V + specials tokens in the vocabulary, M masked positions, N nonzeros,
+Q genes asked for, K masks put into a cell to ask for them.
 """
 
 from collections.abc import Iterable
@@ -23,7 +27,7 @@ from torch import Tensor, nn
 
 from cellmill.errors import CellmillError
 from cellmill.models.attention import MultiHeadAttention, key_mask
-from cellmill.models.base import CellModel, GeneStatistics, Inputs, Losses, LossTerm
+from cellmill.models.base import CellModel, GeneStates, GeneStatistics, Imputed, Inputs, Losses, LossTerm
 from cellmill.shards.batch import CellBatch
 from cellmill.views import geneformer as views
 from cellmill.views.ragged import Genes, pad, padded_index
@@ -31,6 +35,8 @@ from cellmill.views.ragged import Genes, pad, padded_index
 PAD, MASK, CLS, EOS = 0, 1, 2, 3
 NORM_EPS = 1e-12
 INIT_STD = 0.02
+LOGIT_ROWS = 1024
+"""Masks that are named at once when many are asked, so that memory stays small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,17 +96,20 @@ class Geneformer(CellModel):
     Sizes = Sizes
     presets: ClassVar[dict[str, Sizes]] = {
         "demo": Sizes(version="V1", n_layers=2, width=64, n_heads=2, hidden=128, max_length=256, dropout=0.0),
+        "tiny": Sizes(version="V2", n_layers=4, width=144, n_heads=3, hidden=576, max_length=1024),
+        "small": Sizes(version="V2", n_layers=8, width=320, n_heads=5, hidden=1280, max_length=1024),
+        "base": Sizes(version="V2", n_layers=12, width=576, n_heads=9, hidden=2304, max_length=1024),
         "v1-10m": Sizes(version="V1", n_layers=6, width=256, n_heads=4, hidden=512, max_length=2048),
         "v2-104m": Sizes(version="V2", n_layers=12, width=768, n_heads=12, hidden=3072, max_length=4096),
         "v2-316m": Sizes(version="V2", n_layers=18, width=1152, n_heads=18, hidden=4608, max_length=4096),
     }
     published_genes: ClassVar[dict[str, int]] = {"v1-10m": 25424, "v2-104m": 20271, "v2-316m": 20271}
-    poolings = ("mean", "cls")
+    poolings = ("mean", "cls", "mean_last", "cls_last")
 
     def __init__(self, sizes: Sizes, n_genes: int, statistics: GeneStatistics | None = None, categories=None):
         super().__init__(sizes, n_genes, statistics, categories)
         self.n_specials = 2 if sizes.version == "V1" else 4
-        self.poolings = ("mean",) if sizes.version == "V1" else ("cls", "mean")
+        self.poolings = ("mean", "mean_last") if sizes.version == "V1" else ("cls", "mean", "cls_last", "mean_last")
         n_tokens = n_genes + self.n_specials
         self.word_embeddings = nn.Embedding(n_tokens, sizes.width, padding_idx=PAD)
         self.position_embeddings = nn.Embedding(sizes.max_length, sizes.width)
@@ -134,7 +143,7 @@ class Geneformer(CellModel):
 
     def _matrix(self, ranks: Genes) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [B, L] with the version's specials, and the flat place of each gene token in it."""
-        tokens_N = ranks.genes + self.n_specials
+        tokens_N = np.where(ranks.genes == views.MASKED, MASK, ranks.genes + self.n_specials)
         if self.sizes.version == "V1":
             tokens_BL = pad(ranks.offsets, tokens_N, PAD, dtype=np.int64)
             return tokens_BL, padded_index(ranks.offsets, tokens_BL.shape[1])
@@ -178,26 +187,86 @@ class Geneformer(CellModel):
             x_BLD = layer(x_BLD, mask)
         return x_BLD
 
+    def name(self, x_MD: Tensor) -> Tensor:
+        """[M, T], the logits of every token of the vocabulary, from states of the last layer."""
+        x_MD = self.head_norm(F.relu(self.head_transform(x_MD)))
+        return F.linear(x_MD, self.word_embeddings.weight, self.head_bias).float()
+
     def forward(self, inputs: Inputs, *, step: int | None = None) -> Losses:
         """`mlm`: cross-entropy over the vocabulary, computed at the masked positions only (nats)."""
         x_BLD = self.encode(inputs["tokens"], self.sizes.n_layers)
-        x_MD = x_BLD.flatten(0, 1).index_select(0, inputs["positions"])
-        x_MD = self.head_norm(F.relu(self.head_transform(x_MD)))
-        logits_MT = F.linear(x_MD, self.word_embeddings.weight, self.head_bias)
-        return {"mlm": _term(F.cross_entropy(logits_MT.float(), inputs["targets"], reduction="sum"), inputs)}
+        logits_MT = self.name(x_BLD.flatten(0, 1).index_select(0, inputs["positions"]))
+        return {"mlm": _term(F.cross_entropy(logits_MT, inputs["targets"], reduction="sum"), inputs)}
+
+    def depth(self, pooling: str) -> int:
+        """Layers that a pooling reads through."""
+        return self.sizes.n_layers - (0 if pooling.endswith("_last") else 1)
 
     def embed_cells(self, inputs: Inputs, pooling: str | None = None) -> Tensor:
-        """[B, D] from the second-to-last layer: the mean over genes (V1), or the state of <cls> (V2)."""
+        """[B, D], the mean over genes or the state of <cls>, from the second-to-last layer or the last (`_last`)."""
         pooling = self.check_pooling(pooling)
         tokens_BL = inputs["tokens"]
-        x_BLD = self.encode(tokens_BL, self.sizes.n_layers - 1).float()
-        if pooling == "cls":
+        x_BLD = self.encode(tokens_BL, self.depth(pooling)).float()
+        if pooling.startswith("cls"):
             return x_BLD[:, 0]
         is_gene_BL1 = (tokens_BL >= self.n_specials).unsqueeze(2)
         return (x_BLD * is_gene_BL1).sum(1) / is_gene_BL1.sum(1).clamp(min=1)
 
+    def gene_states(self, inputs: Inputs) -> GeneStates:
+        """The states of the second-to-last layer at the genes of each cell."""
+        tokens_BL = inputs["tokens"]
+        x_BLD = self.encode(tokens_BL, self.sizes.n_layers - 1)
+        cells_N, place_N = (tokens_BL >= self.n_specials).nonzero(as_tuple=True)
+        return GeneStates(cells_N, tokens_BL[cells_N, place_N] - self.n_specials, x_BLD[cells_N, place_N].float())
+
+    def impute_inputs(self, cells: CellBatch, genes_BQ: np.ndarray) -> Inputs:
+        """`tokens` [B, L] with masks between the genes; of those `positions` [M] and `places` [M] in a matrix [B, K].
+
+        `log_values` and `log_ranks` [B, K] say what the masks stand for; `rest` and `rest_log_value` [B], what there is
+        no room for (see `views.impute`); `genes` [B, Q] are asked.
+        """
+        asked = views.impute(cells, self._medians_on_cpu(), limit=self._room, mask_rate=self.sizes.mask_rate)
+        tokens_BL, place_N = self._matrix(asked.ranks)
+        log_ranks_BK = pad(asked.offsets, np.log(asked.n_ranks_M, dtype=np.float32), -np.inf)
+        arrays = {
+            "tokens": tokens_BL,
+            "positions": place_N[asked.index_M],
+            "places": padded_index(asked.offsets, log_ranks_BK.shape[1]),
+            "log_values": pad(asked.offsets, asked.log_value_M, 0),
+            "log_ranks": log_ranks_BK,
+            "rest": asked.rest_B,
+            "rest_log_value": asked.rest_log_value_B,
+            "genes": np.ascontiguousarray(genes_BQ, dtype=np.int64),
+        }
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def impute(self, inputs: Inputs) -> Imputed:
+        """Genes that are not shown, by the probability that the masks give them.
+
+        The model was trained to say which gene stands at a rank. P(gene at the mask's rank) times the ranks that the
+        mask stands for is the number of times that the gene is expected there: its logarithm, summed over the masks,
+        is the detection. Normalised over the masks it weighs them (Bayes' rule, all ranks being equally likely
+        beforehand), and the value is the expected log1p(CP10k), where a rank means the CP10k / median that the visible
+        genes have around it. Of the ranks without room the model says nothing: they count by their share in the cell.
+        """
+        genes_BQ, log_ranks_BK = inputs["genes"], inputs["log_ranks"]
+        n_masks = log_ranks_BK.shape[1]
+        x_MD = self.encode(inputs["tokens"], self.sizes.n_layers).flatten(0, 1)[inputs["positions"]]
+        log_p_KQ = x_MD.new_zeros((log_ranks_BK.numel(), genes_BQ.shape[1]), dtype=torch.float32)
+        for place_M, some_MD in zip(inputs["places"].split(LOGIT_ROWS), x_MD.split(LOGIT_ROWS), strict=True):
+            logits_MT = self.name(some_MD)
+            tokens_MQ = genes_BQ[place_M // n_masks] + self.n_specials
+            log_p_KQ[place_M] = logits_MT.gather(1, tokens_MQ) - logits_MT.logsumexp(1, keepdim=True)
+        score_BKQ = log_p_KQ.view(*log_ranks_BK.shape, -1) + log_ranks_BK[:, :, None]
+
+        median_B1Q = self.medians[genes_BQ].nan_to_num(0)[:, None]  # no training cell expresses it: 0 is likely
+        values_BKQ = torch.log1p(inputs["log_values"].exp()[:, :, None] * median_B1Q)
+        values_BQ = (score_BKQ.softmax(1) * values_BKQ).sum(1)
+        rest_BQ = torch.log1p(inputs["rest_log_value"].exp()[:, None] * median_B1Q[:, 0])
+        return Imputed(torch.lerp(values_BQ, rest_BQ, inputs["rest"][:, None]), score_BKQ.logsumexp(1))
+
     def embed_genes(self) -> Tensor:
-        """[V, D], the token embeddings of the genes. (The paper reads genes in context: states of `encode`.)"""
+        """[V, D], the token embeddings of the genes. (The paper reads genes in context: `gene_states`.)"""
         return self.word_embeddings.weight[self.n_specials :].detach().float().clone()
 
     def fit_trivial(self, batches: Iterable[CellBatch]) -> Tensor:
