@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from cellmill.cli_abilities import COMMANDS
 from cellmill.errors import CellmillError
 from cellmill.provenance import PROJECT
 
@@ -140,6 +141,10 @@ def export_released(
     model, meta = load_checkpoint(checkpoint)
     write_released(meta["recipe"]["architecture"], model, meta, out)
     print(f"{out} is ready")
+
+
+for command in COMMANDS:
+    app.command(rich_help_panel="What a model can do")(command)
 
 
 def main() -> None:
