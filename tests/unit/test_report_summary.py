@@ -202,7 +202,10 @@ def test_yardstick_names_the_baselines_that_no_model_beats():
     assert "Better than the same network untrained: net." in said
     assert "Not better than the same network untrained: other." in said
     methods["net"] = ("model", [0.8, 0.81, 0.82])
-    assert "Each baseline is beaten by a pretrained model." in yardstick_of(methods)
+    methods["other.untrained"] = ("untrained", [None] * 3)
+    said = yardstick_of(methods)
+    assert "Each baseline is beaten by a pretrained model." in said
+    assert said.endswith("Better than the same network untrained: net and other.")
 
 
 def test_yardstick_of_one_seed_or_no_answer():

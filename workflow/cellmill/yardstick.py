@@ -33,7 +33,7 @@ SEED = 0
 HELD_OUT_CELLS = 2048
 """At most so many held-out cells are asked, evenly spread."""
 CALIBRATION_CELLS = 256
-"""At most so many training cells, and an eighth of them, are asked to learn a model's unit."""
+"""At most so many training cells, and a sixteenth of them, are asked to learn a model's unit."""
 SURVEYED_CELLS = 20_000
 SURVEYED_NONZEROS = 60_000_000
 """What of a split is read for gene means and for which genes its data sets measure, evenly spread."""
@@ -126,7 +126,7 @@ def questions(shards: Shards) -> Questions:
         If the corpus has no split ``train`` or ``validation``, or no cell of one can be asked.
     """
     found = survey(shards)
-    n_calibration = min(CALIBRATION_CELLS, -(-shards.n_cells("train") // 8))
+    n_calibration = min(CALIBRATION_CELLS, -(-shards.n_cells("train") // 16))
     asked = {}
     for split, n_cells in (("train", n_calibration), ("validation", HELD_OUT_CELLS)):
         batches = spread_batches(shards, split, _READ, n_cells, {"dataset_id": found.datasets})

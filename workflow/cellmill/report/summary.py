@@ -308,13 +308,15 @@ def loss_headline(summary: pd.DataFrame, model: str) -> Headline | None:
 def yardstick_headline(summary: pd.DataFrame) -> Headline | None:
     """Who knows hidden genes best, which baselines no model beats, which models beat their untrained twins; or None.
 
-    To beat is to have the better mean, unless intervals overlap.
+    To beat is to have the better mean, unless intervals overlap. A twin whose answers are all alike has no value, and
+    is beaten.
     """
     rows = summary[summary["task"] == "yardstick"]
     if rows.empty:
         return None
     metric = primary(summary, "yardstick", rows["dataset"].iloc[0])[2]
-    ranked = rows[(rows["metric"] == metric) & rows["rank"].notna()].sort_values("rank", kind="stable")
+    rows = rows[rows["metric"] == metric]
+    ranked = rows[rows["rank"].notna()].sort_values("rank", kind="stable")
     if ranked.empty:
         return Headline(f"Common yardstick: no method answered ({_reasons(rows)}).")
     top = ranked.iloc[0]
@@ -322,17 +324,19 @@ def yardstick_headline(summary: pd.DataFrame) -> Headline | None:
         f"Common yardstick, hidden genes of held-out cells: {_subject(top)} ranks first of {len(ranked)} "
         f"({metric_name(metric)} {_measured(top)})."
     )
-    kinds = {kind: [row for _, row in ranked[ranked["kind"] == kind].iterrows()] for kind in RANKED}
-    if not kinds["model"]:
+    models, baselines = (
+        [row for _, row in ranked[ranked["kind"] == kind].iterrows()] for kind in ("model", "baseline")
+    )
+    if not models:
         return Headline(first, "No pretrained model answered.")
     more = []
-    unbeaten = [b["label"] for b in kinds["baseline"] if not any(_beats(model, b) for model in kinds["model"])]
+    unbeaten = [b["label"] for b in baselines if not any(_beats(model, b) for model in models)]
     if unbeaten:
         more.append(f"No pretrained model beats {_listed(unbeaten)}.")
-    elif kinds["baseline"]:
+    elif baselines:
         more.append("Each baseline is beaten by a pretrained model.")
-    twins = {base_name(twin["model"]): twin for twin in kinds["untrained"]}
-    pairs = [(model, twins[model["model"]]) for model in kinds["model"] if model["model"] in twins]
+    twins = {base_name(twin["model"]): twin for _, twin in rows[rows["kind"] == "untrained"].iterrows()}
+    pairs = [(model, twins[model["model"]]) for model in models if model["model"] in twins]
     better = [model["label"] for model, twin in pairs if _beats(model, twin)]
     others = [model["label"] for model, twin in pairs if not _beats(model, twin)]
     more += [f"Better than the same network untrained: {_listed(better)}."] if better else []
@@ -342,6 +346,8 @@ def yardstick_headline(summary: pd.DataFrame) -> Headline | None:
 
 def _beats(one: pd.Series, other: pd.Series) -> bool:
     """Whether `one` has the better mean and the intervals, where there are any, do not overlap."""
+    if pd.isna(other["mean"]):
+        return True
     better = one["mean"] > other["mean"] if one["higher_is_better"] else one["mean"] < other["mean"]
     return bool(better) and compare(row_of(one), row_of(other)) != NOT_SHOWN
 
