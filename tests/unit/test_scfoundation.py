@@ -1,5 +1,6 @@
 """scFoundation's inputs and objective on hand-computed cells, its random features, its independence of the batch."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -290,6 +291,42 @@ def test_redraws_depend_on_the_step_alone(blood):
     before = model.decoder[0].projection.clone()
     model(model.pretrain_inputs(cells, seed=0, step=None))
     assert torch.equal(before, model.decoder[0].projection)
+
+
+def test_training_goes_on_to_the_bit_across_redraws(blood):
+    """From weights and optimiser alone: a fresh model that is filled with them draws the features of the step."""
+    sizes = replace(TINY, redraw_every=3, dropout=0.0)
+
+    def steps(model, optimizer, first, last):
+        for step in range(first, last):
+            optimizer.zero_grad()
+            inputs = model.pretrain_inputs(blood.slice(2 * step, 2 * step + 2), seed=0, step=step)
+            total_loss(model(inputs, step=step)).backward()
+            optimizer.step()
+
+    def fresh(seed):
+        torch.manual_seed(seed)
+        model = Scfoundation(sizes, N_GENES).train()
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    (whole, optimizer), (again, other) = fresh(0), fresh(1)
+    steps(whole, optimizer, 0, 5)
+    again.load_state_dict(whole.state_dict())
+    other.load_state_dict(deepcopy(optimizer.state_dict()))
+    steps(whole, optimizer, 5, 8)
+    steps(again, other, 5, 8)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_bfloat16(model, blood):
+    inputs = model.pretrain_inputs(blood.slice(0, 3), seed=0, step=None)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rounded = model(inputs)["mse"]
+    with torch.no_grad():
+        exact = total_loss(model(inputs))
+    assert rounded.sum.dtype == torch.float32
+    assert total_loss({"mse": rounded}).item() == pytest.approx(exact.item(), rel=0.05)
 
 
 @pytest.mark.parametrize("attention", ["performer", "dense"])

@@ -210,7 +210,7 @@ def draw_projection(n_features: int, width: int, *keys) -> Tensor:
     A function of `keys` (integers or strings) alone. The signs of the QR decomposition are set so that directions are
     uniform (Mezzadri, Notices of the AMS 54, 592, 2007); as LAPACK leaves them, the estimated kernel is biased.
     """
-    generator = torch.Generator().manual_seed(int(hash64("scfoundation projection", *keys).view(np.int64)[0]))
+    generator = torch.Generator("cpu").manual_seed(int(hash64("scfoundation projection", *keys).view(np.int64)[0]))
     n_blocks = -(-n_features // width)
     normal = torch.randn(n_blocks, width, width, generator=generator, device="cpu", dtype=torch.float64)
     q, r = torch.linalg.qr(normal)
@@ -235,8 +235,8 @@ class Scfoundation(CellModel):
     Sizes = Sizes
     presets: ClassVar[dict[str, Sizes]] = {
         "demo": Sizes(
-            **{"n_layers": 1, "width": 32, "n_heads": 2, "hidden": 64, "max_length": 258, "dropout": 0.0},
-            **{"decoder_layers": 1, "decoder_width": 32, "decoder_heads": 2, "decoder_hidden": 64},
+            **{"n_layers": 1, "width": 32, "n_heads": 2, "hidden": 64, "max_length": 258, "dropout": 0.0, "n_bins": 16},
+            **{"decoder_layers": 1, "decoder_width": 16, "decoder_heads": 1, "decoder_hidden": 32, "n_features": 16},
         ),
         "tiny": Sizes(
             **{"n_layers": 4, "width": 128, "n_heads": 4, "hidden": 512, "max_length": 1024},
