@@ -256,7 +256,6 @@ class _Source:
         self.joinid_of = dict(zip(rows["dataset_id"].to_pylist(), rows["soma_joinid"].to_pylist(), strict=True))
         self.data_sets: dict[str, _DataSet] = {}
         self._room = np.empty(0, np.int64)
-        self._readers = None
         for name in extra_obs:
             if name not in self.obs.schema.names:
                 close = suggest(name, self.obs.schema.names)
@@ -273,15 +272,10 @@ class _Source:
             coords = slice(int(joinids_B[0]), int(joinids_B[-1])) if span <= 2 * len(joinids_B) else pa.array(joinids_B)
             if joinids_B[-1] > self.obs.domain[0][1]:
                 raise CellmillError(STALE_PLAN)
-            obs_reader = self._read_obs(coords)
-            cells = _Cells(planned, self._obs_of(obs_reader, joinids_B), self)
+            cells = _Cells(planned, self._obs_of(self._read_obs(coords), joinids_B), self)
             self._learn_data_sets(cells.obs["dataset_id"])
-            tables = self.X.read((coords,)).tables()
-            for table in tables:
+            for table in self.X.read((coords,)).tables():
                 yield cells, table
-                # A reader that ends makes TileDB give all free memory back, which costs more than to read: the last
-                # ones end when the next ones have taken that memory over.
-                self._readers = obs_reader, tables
             yield cells, None
 
     def room(self, n: int) -> np.ndarray:
