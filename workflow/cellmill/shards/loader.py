@@ -21,12 +21,12 @@ from cellmill.randomness import hash64
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.dataset import RowGroup, Shards
 from cellmill.shards.format import FROM_CELLS, PACKED
-from cellmill.shards.reader import as_column, decode_cells, numbers
+from cellmill.shards.reader import as_column, numbers, packed_bytes, unpack
 
 WINDOW = 8
 """Row groups that are shuffled together."""
-CHUNK = 256
-"""Cells that are unpacked at once where a batch has fewer; many more would leave the processor's cache."""
+CHUNK = 2**18
+"""Nonzeros, about, that are unpacked at once; many more would leave the processor's cache."""
 
 
 class _Place(NamedTuple):
@@ -53,37 +53,59 @@ class _Ahead(NamedTuple):
     tables: list[Future[pa.Table]]
 
 
+class _Room:
+    """Memory for the packed cells of one window after another: to get new memory costs as much as to fill it."""
+
+    def __init__(self):
+        self._bytes = {name: np.empty(0, np.uint8) for name in PACKED}
+
+    def gather(self, name: str, columns: list[pa.ChunkedArray]) -> pa.Array:
+        """One large binary column of several, until the next one of this name is gathered."""
+        pieces = [packed_bytes(chunk) for column in columns for chunk in column.chunks]
+        ends = np.cumsum([0, *(len(values) for values, _ in pieces)])
+        if ends[-1] > len(self._bytes[name]):
+            self._bytes[name] = None  # goes before the larger one comes
+            self._bytes[name] = np.empty(ends[-1] + ends[-1] // 8, np.uint8)
+        for (values, _), end in zip(pieces, ends[1:], strict=True):
+            self._bytes[name][end - len(values) : end] = values
+        # large: a window's bytes may pass the 2 GiB of Arrow's 32-bit offsets
+        offsets = [offsets[:-1] + start for (_, offsets), start in zip(pieces, ends[:-1], strict=True)]
+        offsets_W1 = np.concatenate([*offsets, ends[-1:]])
+        buffers = [None, pa.py_buffer(offsets_W1), pa.py_buffer(self._bytes[name])]
+        return pa.Array.from_buffers(pa.large_binary(), len(offsets_W1) - 1, buffers)
+
+
 class _Window:
     """The packed cells of R row groups, in shard order, and those that are still to be served."""
 
-    def __init__(self, ahead: _Ahead, n_genes: int, coded: tuple[str, ...]):
-        self.place, self._n_genes, self._coded = ahead.place, n_genes, coded
+    def __init__(self, ahead: _Ahead, room: _Room, n_genes: int, coded: tuple[str, ...]):
+        self.place, self._n_genes = ahead.place, n_genes
         tables = [future.result() for future in ahead.tables]
         ahead.tables.clear()
         columns = (*FROM_CELLS, *coded)
         self._numbers = {name: np.concatenate([numbers(table[name]) for table in tables]) for name in columns}
         self._packed = {}
         for name in PACKED:  # column by column, so that no more than one of them is in memory twice
-            # large: a window's bytes may pass the 2 GiB of Arrow's 32-bit offsets
-            pieces = [chunk.cast(pa.large_binary()) for table in tables for chunk in table[name].chunks]
+            self._packed[name] = room.gather(name, [table[name] for table in tables])
             tables = [table.drop_columns([name]) for table in tables]
-            self._packed[name] = pa.concat_arrays(pieces)
-            del pieces
 
-    def serve(self, rows: np.ndarray, chunk: int) -> None:
-        """Serve the cells at `rows` (of the shard order) from now on, `chunk` of them unpacked at once."""
-        self._rows, self._chunk = rows, chunk
-        self._unpacked = self._unpack(rows[:0])
+    def serve(self, rows: np.ndarray, share: int) -> None:
+        """Serve the cells at `rows` (of the shard order) from now on, mostly `share` of them at a time."""
+        self._rows = rows
+        shares = CHUNK / max(self._numbers["n_genes"].mean(), 1) / share
+        self._further = max(round(shares) - 1, 0) * share
+        self._unpacked, self._served = self._unpack(rows[:0]), 0
 
     def take(self, n: int) -> list[CellBatch]:
         """The next `n` cells."""
         pieces = []
         while n:
-            if not len(self._unpacked):
-                self._unpacked = self._unpack(self._rows[: self._chunk])
-                self._rows = self._rows[self._chunk :]
-            pieces.append(self._unpacked.slice(0, n))
-            self._unpacked = self._unpacked.slice(len(pieces[-1]), len(self._unpacked))
+            if self._served == len(self._unpacked):
+                size = n + self._further  # whole batches beyond what is asked for now
+                self._unpacked, self._served = self._unpack(self._rows[:size]), 0
+                self._rows = self._rows[size:]
+            pieces.append(self._unpacked.slice(self._served, self._served + n))
+            self._served += len(pieces[-1])
             n -= len(pieces[-1])
         return pieces
 
@@ -99,10 +121,18 @@ class _Window:
 
     def _decode(self, rows_B: np.ndarray, where: str) -> CellBatch:
         index = as_column(rows_B)
-        columns = [as_column(values_W[rows_B]) for values_W in self._numbers.values()]
-        columns += [values_W.take(index) for values_W in self._packed.values()]
-        table = pa.Table.from_arrays(columns, [*self._numbers, *self._packed])
-        return decode_cells(table, where, self._n_genes, self._coded)
+        columns = {name: values_W[rows_B] for name, values_W in self._numbers.items()}
+        packed = {name: values_W.take(index) for name, values_W in self._packed.items()}
+        return unpack(columns, packed, where, self._n_genes)
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library use a batch's memory for the next one, instead of giving it back and getting it anew.
+
+    glibc keeps as much freed memory as twice the largest block it has seen freed, and a new page costs as much as to
+    fill it. Nothing is written to this block, so it is never in memory.
+    """
+    np.empty(2**24, np.uint8)
 
 
 class Loader:
@@ -174,8 +204,10 @@ class Loader:
         self._rank, self._share = rank, batch_size // world
         self._epoch = 0
         self._position = 0
+        self._room = _Room()
         self._window: _Window | None = None
         self._ahead: _Ahead | None = None
+        _keep_freed_memory()
         self._readers = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="cellmill-loader")
 
     def __iter__(self) -> "Loader":
@@ -247,11 +279,11 @@ class Loader:
                     future.cancel()
                 ahead = self._read(self._place(epoch, position))
             place = ahead.place
-            self._window = _Window(ahead, self._shards.n_genes, tuple(self._categories))
+            self._window = _Window(ahead, self._room, self._shards.n_genes, tuple(self._categories))
             order_W = self._order("order of cells", epoch, place.number, np.arange(place.n_cells))
             left = order_W[position - place.start :]
             owner = (served + np.arange(len(left))) % self._batch_size // self._share
-            self._window.serve(left[owner == self._rank], max(CHUNK // self._share, 1) * self._share)
+            self._window.serve(left[owner == self._rank], self._share)
             end = place.start + place.n_cells
             self._ahead = self._read(self._place(*((epoch, end) if end < self._n_cells else (epoch + 1, 0))))
         return self._window.place

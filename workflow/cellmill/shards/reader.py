@@ -27,6 +27,7 @@ from cellmill.shards.format import (
 
 _DAMAGE = (pa.ArrowException, OSError, ValueError)
 """What pyarrow raises on a damaged file."""
+_COLUMNS = tuple(shard_schema([]).names)
 
 
 def decode_cells(table: pa.Table, where: str, n_genes: int = MAX_GENES, coded: tuple[str, ...] = ()) -> CellBatch:
@@ -48,64 +49,72 @@ def decode_cells(table: pa.Table, where: str, n_genes: int = MAX_GENES, coded: t
     CellmillError
         If the columns contradict each other, an id is not below `n_genes` or an overflow holds a wrong number.
     """
-    gene_bytes_N, gene_offsets_B1 = _bytes(table["genes"])
-    count_bytes_N, offsets_B1 = _bytes(table["counts"])
-    lengths_B = np.diff(offsets_B1)
-    if not np.array_equal(gene_offsets_B1, offsets_B1) or not np.array_equal(lengths_B, numbers(table["n_genes"])):
+    columns = {name: numbers(table[name]) for name in (*FROM_CELLS, *coded)}
+    return unpack(columns, {name: _one_chunk(table[name]) for name in PACKED}, where, n_genes)
+
+
+def unpack(columns: dict[str, np.ndarray], packed: dict[str, pa.Array], where: str, n_genes: int) -> CellBatch:
+    """`decode_cells`, where the numbers are numpy arrays; all but those of `FROM_CELLS` become `codes`.
+
+    A few passes over all nonzeros, each quickest where they fit the processor's cache: some hundred thousand.
+    """
+    gene_bytes_N, gene_offsets_B1 = packed_bytes(packed["genes"])
+    count_bytes_N, offsets_B1 = packed_bytes(packed["counts"])
+    lengths_B = offsets_B1[1:] - offsets_B1[:-1]
+    if not np.array_equal(gene_offsets_B1, offsets_B1) or not np.array_equal(lengths_B, columns["n_genes"]):
         raise corrupt(where, "the lengths of genes, counts and n_genes differ")
-    starts_E = offsets_B1[:-1][lengths_B > 0]
+    filled_B = lengths_B > 0
+    starts_E = offsets_B1[:-1][filled_B]
     if len(gene_bytes_N) - np.count_nonzero(gene_bytes_N) != np.count_nonzero(gene_bytes_N[starts_E] == 0):
         raise corrupt(where, "gene ids do not ascend")
     if count_bytes_N.min(initial=1) == 0:
         raise corrupt(where, "a count is zero")
-    deltas_N = _widened(gene_bytes_N, offsets_B1, table["genes_overflow"], "<u2", where, "genes")
+    genes_N, excess_B = _widened(gene_bytes_N, offsets_B1, packed["genes_overflow"], "<u2", where, "genes")
+    counts_N, _ = _widened(count_bytes_N, offsets_B1, packed["counts_overflow"], "<u4", where, "counts")
+    if len(starts_E):
+        last_E = np.add.reduceat(gene_bytes_N, starts_E, dtype=np.int64) + excess_B[filled_B]
+        if last_E.max() >= n_genes:
+            raise corrupt(where, f"gene id {last_E.max()} lies beyond the vocabulary of {n_genes} genes")
+        genes_N[starts_E[1:]] -= last_E[:-1].astype(np.int32)  # so that the sums begin anew with each cell
+        torch.from_numpy(genes_N).cumsum_(0)  # several times as fast as numpy's
     return CellBatch(
-        joinids=numbers(table["soma_joinid"]),
+        joinids=columns["soma_joinid"],
         offsets=offsets_B1,
-        genes=_gene_ids(deltas_N, offsets_B1, where, n_genes),
-        counts=_widened(count_bytes_N, offsets_B1, table["counts_overflow"], "<u4", where, "counts"),
-        totals=numbers(table["total_counts"]),
-        codes={column: numbers(table[column]) for column in coded},
+        genes=genes_N,
+        counts=counts_N,
+        totals=columns["total_counts"],
+        codes={name: codes_B for name, codes_B in columns.items() if name not in FROM_CELLS},
     )
 
 
 def _widened(
-    bytes_N: np.ndarray, offsets_B1: np.ndarray, overflow: pa.ChunkedArray, wide: str, where: str, name: str
-) -> np.ndarray:
-    """int32 [N], the values whose bytes are `bytes_N`; those of 255 and more stand in `overflow`."""
-    overflow_bytes, overflow_offsets_B1 = _bytes(overflow)
+    bytes_N: np.ndarray, offsets_B1: np.ndarray, overflow: pa.Array, wide: str, where: str, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The values whose bytes are `bytes_N`; those of 255 and more stand in `overflow`.
+
+    Returns
+    -------
+    int32 [N]; int64 [B], by how much the sum of each cell's values exceeds that of its bytes.
+    """
+    overflow_bytes, overflow_offsets_B1 = packed_bytes(overflow)
     overflown_O = np.flatnonzero(bytes_N == OVERFLOWN)
-    if not np.array_equal(overflow_offsets_B1, np.dtype(wide).itemsize * np.searchsorted(overflown_O, offsets_B1)):
+    first_B1 = overflown_O.searchsorted(offsets_B1)
+    if not np.array_equal(overflow_offsets_B1, np.dtype(wide).itemsize * first_B1):
         raise corrupt(where, f"{name}_overflow does not match the {name} of 255")
-    overflow_O = overflow_bytes.view(wide)
+    overflow_O = overflow_bytes.view(wide).astype(np.int64)
     outside = (overflow_O < OVERFLOWN) | (overflow_O > MAX_COUNT)
     if outside.any():
         raise corrupt(where, f"{name}_overflow holds {overflow_O[outside][0]:,}")
     values_N = bytes_N.astype(np.int32)
     values_N[overflown_O] = overflow_O
-    return values_N
+    excess_O1 = np.zeros(len(overflow_O) + 1, np.int64)
+    np.cumsum(overflow_O - OVERFLOWN, out=excess_O1[1:])
+    excess_B1 = excess_O1[first_B1]
+    return values_N, excess_B1[1:] - excess_B1[:-1]
 
 
-def _gene_ids(deltas_N: np.ndarray, offsets_B1: np.ndarray, where: str, n_genes: int) -> np.ndarray:
-    """int32 [N], the sums of the differences up to each nonzero of its cell. In place."""
-    lengths_B = np.diff(offsets_B1)
-    starts_E = offsets_B1[:-1][lengths_B > 0]
-    if not len(starts_E):
-        return deltas_N
-    torch.from_numpy(deltas_N).cumsum_(0)  # over all cells at once, several times as fast as numpy's
-    before_E = deltas_N[starts_E - 1]
-    before_E[0] = 0
-    deltas_N -= np.repeat(before_E, lengths_B[lengths_B > 0])
-    # sums wrap around as unsigned integers do; those of at most 65,536 differences of 16 bits stay exact
-    last = max(int(deltas_N.view(np.uint32)[offsets_B1[1:][lengths_B > 0] - 1].max()), int(lengths_B.max()) - 1)
-    if last >= n_genes:
-        raise corrupt(where, f"gene id {last} lies beyond the vocabulary of {n_genes} genes")
-    return deltas_N
-
-
-def _bytes(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+def packed_bytes(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """The bytes of a (large) binary column, one value after the other, and int64 [B + 1] where each value starts."""
-    array = _one_chunk(column)
     _, offsets, data = array.buffers()
     offsets_B1 = np.zeros(1, np.int64)
     if len(array):
@@ -137,7 +146,8 @@ def _open_shard(path: Path) -> pq.ParquetFile:
         file = pq.ParquetFile(path, page_checksum_verification=True)
     except _DAMAGE as error:
         raise corrupt(path, " ".join(str(error).split())) from error
-    metadata = file.schema_arrow.metadata or {}
+    schema = file.schema_arrow  # made anew at each call
+    metadata = schema.metadata or {}
     if metadata.get(b"cellmill.format") != FORMAT.encode():
         raise CellmillError(f"{path} is a parquet file but no shard of cellmill; name a file that cellmill wrote")
     if metadata.get(b"cellmill.version") != str(VERSION).encode():
@@ -145,7 +155,7 @@ def _open_shard(path: Path) -> pq.ParquetFile:
         raise CellmillError(
             f"shard {path} has format version {version}, this cellmill reads {VERSION}; update cellmill"
         )
-    missing = [name for name in shard_schema([]).names if name not in file.schema_arrow.names]
+    missing = [name for name in _COLUMNS if name not in schema.names]
     if missing:
         raise corrupt(path, f"it has no column {', '.join(missing)}")
     return file
@@ -190,7 +200,8 @@ def read_packed(path: str | Path, group: int, categories: dict[str, list[str]] |
     """
     path, categories = Path(path), categories or {}
     with _open_shard(path) as file:
-        _obs_names(file, list(categories), path)
+        if categories:
+            _obs_names(file, list(categories), path)
         table = _read_group(file, group, [*FROM_CELLS, *PACKED, *categories], path)
     for column, values in categories.items():
         if not pa.types.is_dictionary(table.schema.field(column).type):
