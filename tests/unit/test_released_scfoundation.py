@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cellmill.errors import CellmillError
@@ -151,7 +152,7 @@ def test_a_model_of_ours_comes_back(tmp_path, cells):
             torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
 
 
-def test_the_network_is_torchs_and_the_performers(tmp_path, cells):
+def test_the_encoder_is_torchs(tmp_path, cells):
     """The encoder equals torch's own layers, filled with the file's tensors under the file's own names."""
     torch.manual_seed(0)
     tensors = published_tensors()
@@ -169,6 +170,60 @@ def test_the_network_is_torchs_and_the_performers(tmp_path, cells):
         expected = torch.nn.functional.layer_norm(x_BED, (WIDTH,), weight, bias)
         valid = inputs["tokens"] != model.pad
         torch.testing.assert_close(model.encode(inputs)[valid], expected[valid], atol=1e-5, rtol=1e-5)
+
+
+def slow_performer(x_PC: torch.Tensor, tensors: dict[str, torch.Tensor], layer: str) -> torch.Tensor:
+    """A decoder layer's attention as the published code computes it for one cell, with explicit weights [P, P]."""
+    q, k, v = (
+        (x_PC @ tensors[f"{layer}.to_{x}.weight"].T + tensors[f"{layer}.to_{x}.bias"]).unflatten(1, (2, HEAD)).mT
+        for x in "qkv"
+    )
+    projection = tensors[f"{layer}.fast_attention.projection_matrix"]
+    products = [torch.einsum("pkh,fk->hpf", x * HEAD**-0.25, projection) for x in (q, k)]
+    halves = [x.square().sum(1).T.unsqueeze(2) / 2 * HEAD**-0.5 for x in (q, k)]
+    lowered = [products[0].amax(2, keepdim=True), products[1].max()]
+    q, k = (
+        FEATURES**-0.5 * (torch.exp(product - half - most) + 1e-4)
+        for product, half, most in zip(products, halves, lowered, strict=True)
+    )
+    weights_HPP = q @ k.mT
+    attended = (weights_HPP / weights_HPP.sum(2, keepdim=True)) @ v.permute(2, 0, 1)
+    out = attended.transpose(0, 1).flatten(1) @ tensors[f"{layer}.to_out.weight"].T
+    return out + tensors[f"{layer}.to_out.bias"]
+
+
+def test_the_decoder_is_the_published_one(tmp_path, cells):
+    """Float64, one cell, every position, under the file's own names: value and gene embeddings to the prediction."""
+    torch.manual_seed(0)
+    published = published_tensors()
+    model = read_released("scfoundation", save(tmp_path, cell=network(published))).model.double()
+    tensors = {name: tensor.double() for name, tensor in published.items()}
+    cell = cells.take([0])
+    inputs = model.impute_inputs(cell, np.array([[1, 2, 28]]))
+
+    def norm(x, name):
+        weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias)
+
+    with torch.no_grad():
+        model.value_embedding.float()
+        zero = model.value_embedding(torch.zeros(1)).double()
+        x_PD = zero.repeat(N_GENES + 2, 1)
+        x_PD[inputs["tokens"][0]] = model.encode(inputs)[0]
+        x_PD[[1, 2, 28]] = tensors["token_emb.emb_mask.weight"]
+        x_PC = (x_PD + tensors["pos_emb.weight"][:-1]) @ tensors["decoder_embed.weight"].T
+        x_PC = x_PC + tensors["decoder_embed.bias"]
+        for i in range(3):
+            layer = f"decoder.performer.net.layers.{i}"
+            x_PC = x_PC + slow_performer(norm(x_PC, f"{layer}.0.norm"), tensors, f"{layer}.0.fn")
+            y_PC = norm(x_PC, f"{layer}.1.norm")
+            y_PC = y_PC @ tensors[f"{layer}.1.fn.fn.w1.weight"].T + tensors[f"{layer}.1.fn.fn.w1.bias"]
+            y_PC = torch.nn.functional.gelu(y_PC) @ tensors[f"{layer}.1.fn.fn.w2.weight"].T
+            x_PC = x_PC + y_PC + tensors[f"{layer}.1.fn.fn.w2.bias"]
+        x_PC = norm(norm(x_PC, "decoder.norm"), "norm")
+        expected = (x_PC @ tensors["to_final.weight"].T + tensors["to_final.bias"])[[1, 2, 28], 0]
+        model.float()
+        torch.testing.assert_close(model.impute(inputs).values_BQ[0], expected.float(), atol=2e-5, rtol=1e-5)
 
 
 def test_genes_given_or_beside_or_above(tmp_path, data):
