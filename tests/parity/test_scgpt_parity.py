@@ -102,7 +102,7 @@ def test_all_outputs_of_the_wheel(both, cells):
     with torch.inference_mode():
         out = theirs(tokens, values, src_key_padding_mask=padding, MVC=True, CLS=True)
         states = theirs._encode(tokens, values, padding)
-        h, _ = ours.encode(ours._perceive(inputs), None, ~padding)
+        h = ours.states(inputs)
         torch.testing.assert_close(h[~padding], states[~padding], **CLOSE)
         torch.testing.assert_close(ours._decode(h)[~padding], out["mlm_output"][~padding], **CLOSE)
         torch.testing.assert_close(h[:, 0], out["cell_emb"], **CLOSE)

@@ -16,7 +16,7 @@ N nonzeros, Q genes that a cell is asked for, E quantile edges.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ N_SPECIALS = 3
 PAD_VALUE = -2.0
 MAX_VALUE = 512.0
 EMBEDDING_RANGE = 0.1
-CHUNK = 256
+CHUNK = 128
 """Generated tokens that attend at once. They do not see each other: it bounds memory and changes nothing."""
 
 
@@ -60,6 +60,13 @@ class Sizes:
     )
     cell_prompt_after: int = field(
         default=1000, metadata={"description": "Training steps before the second pass (gep_prompt) joins.", "ge": 0}
+    )
+    value_init: Literal["released", "spread"] = field(
+        default="released",
+        metadata={
+            "description": "Initial biases of the value encoder: as released, where high bins look alike for long, or "
+            "such that its units switch on all over the bins, which lets short trainings use the counts."
+        },
     )
     n_classes: int = field(
         default=1, metadata={"description": "Classes of the head that fine-tuning starts from.", "ge": 1}
@@ -87,6 +94,10 @@ class ValueEncoder(nn.Module):
         self.linear2 = nn.Linear(sizes.width, sizes.width)
         self.norm = nn.LayerNorm(sizes.width)
         self.dropout = nn.Dropout(sizes.dropout)
+        if sizes.value_init == "spread":
+            with torch.no_grad():
+                kinks_D = torch.rand(sizes.width) * (sizes.n_bins - 1)
+                self.linear1.bias.copy_(-self.linear1.weight[:, 0] * kinks_D)
 
     def forward(self, values_BP: Tensor) -> Tensor:
         """[B, P, D]."""
@@ -107,7 +118,9 @@ class Layer(nn.Module):
         self.norm2 = nn.LayerNorm(sizes.width)
         self.dropout = nn.Dropout(sizes.dropout)
 
-    def forward(self, x_BPD: Tensor, g_BGD: Tensor | None, masks: dict[int, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x_BPD: Tensor, g_BGD: Tensor | None, masks: dict[int, Tensor], n_perceived: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Perceived tokens attend to each other, every generated one to them and to itself.
 
         Parameters
@@ -116,10 +129,13 @@ class Layer(nn.Module):
             Perceived and generated tokens; there may be no generated ones.
         masks
             Which keys are open: to perceived tokens (0), and to C generated tokens (C), whose own keys come last.
+        n_perceived
+            Of how many perceived tokens, the first, the new states are wanted; by default of all.
         """
         dropout = self.attention.dropout if self.training else 0.0
         q, k, v = self.attention.project(x_BPD)
-        x_BPD = self._after(x_BPD, self.attention.out(attend(q, k, v, masks[0], dropout=dropout)))
+        context_BPD = attend(q[:, :, :n_perceived], k, v, masks[0], dropout=dropout)
+        x_BPD = self._after(x_BPD[:, :n_perceived], self.attention.out(context_BPD))
         if g_BGD is None:
             return x_BPD, None
         parts = []
@@ -143,9 +159,9 @@ class Predicted(NamedTuple):
     gep_BG: Tensor
     """float32, bins by each gene's own state."""
     mvc_BG: Tensor
-    """float32, bins by the state of <cls> and the gene's embedding."""
+    """float32, bins by the cell's state and each gene's embedding."""
     cls_BD: Tensor
-    """The last state of <cls>."""
+    """The cell's state: the last one of <cls>, or the prompt."""
 
 
 class Scgpt(CellModel):
@@ -163,7 +179,7 @@ class Scgpt(CellModel):
 
     Sizes = Sizes
     presets: ClassVar[dict[str, Sizes]] = {
-        "demo": Sizes(n_layers=2, width=32, n_heads=2, hidden=32, max_length=301, dropout=0.0),
+        "demo": Sizes(n_layers=1, width=32, n_heads=2, hidden=32, max_length=129, dropout=0.0, value_init="spread"),
         "tiny": Sizes(n_layers=3, width=192, n_heads=3, hidden=192, max_length=1024),
         "small": Sizes(n_layers=7, width=448, n_heads=7, hidden=448, max_length=1024),
         "base": Sizes(n_layers=12, width=768, n_heads=12, hidden=768, max_length=1024),
@@ -260,7 +276,9 @@ class Scgpt(CellModel):
         """[B, G, D], what goes in for generated tokens."""
         return genes_BGD if self.flag_embedding is None else genes_BGD + self.flag_embedding.weight[1]
 
-    def encode(self, x_BPD: Tensor, g_BGD: Tensor | None, valid_BP: Tensor) -> tuple[Tensor, Tensor | None]:
+    def encode(
+        self, x_BPD: Tensor, g_BGD: Tensor | None, valid_BP: Tensor, *, only_cls: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Last states of perceived and of generated tokens (None where there are none).
 
         Parameters
@@ -269,6 +287,8 @@ class Scgpt(CellModel):
             What goes in.
         valid_BP
             bool, which perceived tokens are no padding.
+        only_cls
+            Of the perceived tokens, the last state of <cls> alone is wanted, [B, 1, D].
         """
         masks = {0: key_mask(valid_BP)}
         sizes = () if g_BGD is None else {part.shape[1] for part in g_BGD.split(CHUNK, dim=1)}
@@ -276,9 +296,13 @@ class Scgpt(CellModel):
             itself_CC = torch.eye(size, dtype=torch.bool, device=valid_BP.device)
             parts = (masks[0].expand(-1, -1, size, -1), itself_CC.expand(len(valid_BP), 1, -1, -1))
             masks[size] = torch.cat(parts, dim=3)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x_BPD, g_BGD = layer(x_BPD, g_BGD, masks)
-        return x_BPD, g_BGD
+        return self.layers[-1](x_BPD, g_BGD, masks, 1 if only_cls else None)
+
+    def states(self, inputs: Inputs, *, only_cls: bool = False) -> Tensor:
+        """[B, P, D], the last states of <cls> and the genes of `embed_inputs`; or [B, 1, D], of <cls> alone."""
+        return self.encode(self._perceive(inputs), None, inputs["tokens"] != self.pad, only_cls=only_cls)[0]
 
     def forward(self, inputs: Inputs, *, step: int | None = None) -> Losses:
         """Squared errors of the bins: `gep`, `mvc` and `gep_prompt`.
@@ -289,14 +313,14 @@ class Scgpt(CellModel):
         """
         x_BPD, genes_BGD = self._perceive(inputs), self._genes(inputs["asked"])
         g_BGD, valid_BP = self._flagged(genes_BGD), inputs["tokens"] != self.pad
-        h_BPD, h_BGD = self.encode(x_BPD, g_BGD, valid_BP)
+        h_BPD, h_BGD = self.encode(x_BPD, g_BGD, valid_BP, only_cls=True)
         cls_BD = h_BPD[:, 0]
         losses = {
             "gep": self._term(self._decode(h_BGD), inputs),
             "mvc": self._term(self._decode_from_cell(cls_BD, genes_BGD), inputs),
         }
         if step is None or step >= self.sizes.cell_prompt_after:
-            _, h_BGD = self.encode(_with_cls(x_BPD, cls_BD.detach()), g_BGD, valid_BP)
+            _, h_BGD = self.encode(_with_cls(x_BPD, cls_BD.detach()), g_BGD, valid_BP, only_cls=True)
             losses["gep_prompt"] = self._term(self._decode(h_BGD), inputs)
         return losses
 
@@ -308,13 +332,15 @@ class Scgpt(CellModel):
         inputs
             `tokens`, `values` [B, P] and `asked` [B, G].
         cls_BD
-            A state to put in the place of <cls> ("cell prompt").
+            A cell's last state of <cls>, to put in the place of <cls> ("cell prompt").
         """
         x_BPD, genes_BGD = self._perceive(inputs), self._genes(inputs["asked"])
         if cls_BD is not None:
             x_BPD = _with_cls(x_BPD, cls_BD)
-        h_BPD, h_BGD = self.encode(x_BPD, self._flagged(genes_BGD), inputs["tokens"] != self.pad)
-        return Predicted(self._decode(h_BGD), self._decode_from_cell(h_BPD[:, 0], genes_BGD), h_BPD[:, 0])
+        g_BGD, valid_BP = self._flagged(genes_BGD), inputs["tokens"] != self.pad
+        h_BPD, h_BGD = self.encode(x_BPD, g_BGD, valid_BP, only_cls=True)
+        cls_BD = h_BPD[:, 0] if cls_BD is None else cls_BD
+        return Predicted(self._decode(h_BGD), self._decode_from_cell(cls_BD, genes_BGD), cls_BD)
 
     def _decode(self, h_BGD: Tensor) -> Tensor:
         """float32 [B, G], bins by the states; the last product never in bfloat16, whose steps near 50 are 1/4."""
@@ -338,11 +364,11 @@ class Scgpt(CellModel):
     def embed_cells(self, inputs: Inputs, pooling: str | None = None) -> Tensor:
         """[B, D], of length 1: the last state of <cls>, or the mean of those of the genes (zero for an empty cell)."""
         pooling = self.check_pooling(pooling)
-        valid_BP = inputs["tokens"] != self.pad
-        h_BPD = self.encode(self._perceive(inputs), None, valid_BP)[0].float()
+        h_BPD = self.states(inputs, only_cls=pooling == "cls").float()
         if pooling == "cls":
             return F.normalize(h_BPD[:, 0], dim=1)
-        return F.normalize((h_BPD * valid_BP.unsqueeze(2))[:, 1:].sum(1), dim=1)
+        is_gene_BP1 = (inputs["tokens"] < self.n_genes).unsqueeze(2)
+        return F.normalize((h_BPD * is_gene_BP1).sum(1), dim=1)
 
     def embed_genes(self) -> Tensor:
         """[V, D], the gene embeddings after their norm."""
@@ -352,9 +378,9 @@ class Scgpt(CellModel):
     def gene_states(self, inputs: Inputs) -> GeneStates:
         """The last layer's states of the genes that `embed_inputs` drew of each cell."""
         tokens_BP = inputs["tokens"]
-        h_BPD = self.encode(self._perceive(inputs), None, tokens_BP != self.pad)[0]
         cells_N, places_N = torch.nonzero(tokens_BP < self.n_genes, as_tuple=True)
-        return GeneStates(cells_N, tokens_BP[cells_N, places_N], h_BPD[cells_N, places_N].float())
+        states_ND = self.states(inputs)[cells_N, places_N].float()
+        return GeneStates(cells_N, tokens_BP[cells_N, places_N], states_ND)
 
     def impute(self, inputs: Inputs) -> Imputed:
         """Asked genes are generated (`gep`); values by the visible counts' quantiles, detection by the bin."""

@@ -1,0 +1,212 @@
+"""Generation with scGPT: from a gene prompt, a cell prompt, or both (Cui et al., Nature Methods 21, 1470 (2024)).
+
+A gene prompt is a cell of which some genes are known; a cell prompt is the state of another cell in the place of <cls>.
+Genes that are asked for are generated at once, or in steps: the paper generates the genes that are predicted with most
+confidence first and takes them for known in the next step. Neither the paper nor the released code says what confidence
+is, and the network has no output for it. Here a prediction is the more confident, the less the two outputs that were
+trained to name the same bin differ: the one from the gene's own state (gep) and the one from the cell's state (mvc).
+
+Bins mean counts only beside a cell: `values_by_reference` takes the counts of a cell, `values_by_total` a depth.
+
+Legend: B cells, Q genes asked of a cell, D width, P perceived tokens, R genes still to be generated, E bins.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cellmill.errors import CellmillError
+from cellmill.models.base import Inputs, to_device
+from cellmill.models.scgpt import Scgpt, value_of_bins
+from cellmill.progress import Progress
+from cellmill.shards.batch import CellBatch
+from cellmill.views.scgpt import count_edges
+
+_HALVINGS = 60
+"""Of the interval in which the steepness of counts over bins is sought."""
+
+
+class Generated(NamedTuple):
+    """What was generated."""
+
+    bins_BQ: np.ndarray
+    """float32 [B, Q], from 1 to the number of bins."""
+    step_BQ: np.ndarray
+    """int64 [B, Q], the step, from 1, at which each gene was generated."""
+
+
+def cell_states(model: Scgpt, cells: CellBatch, batch_size: int = 64) -> np.ndarray:
+    """Cell prompts: the last state of <cls> of each cell, float32 [B, D], of its own length as in training."""
+    parts = []
+    with torch.inference_mode(), Progress("cell states", len(cells)) as progress:
+        for start in range(0, len(cells), batch_size):
+            batch = cells.slice(start, min(start + batch_size, len(cells)))
+            inputs = to_device(model.embed_inputs(batch), _device(model))
+            h_BPD = model.eval().states(inputs, only_cls=True)
+            parts.append(h_BPD[:, 0].float().cpu().numpy())
+            progress.update(start + len(batch))
+    return np.concatenate(parts)
+
+
+def generate(
+    model: Scgpt,
+    genes_BQ: np.ndarray,
+    *,
+    known: CellBatch | None = None,
+    states_BD: np.ndarray | None = None,
+    steps: int = 1,
+    batch_size: int = 64,
+) -> Generated:
+    """Generate genes of cells; deterministic, and of each cell the same whatever the others are.
+
+    Parameters
+    ----------
+    model
+        Put into evaluation mode; used on the device where it is.
+    genes_BQ
+        int64 [B, Q], vocabulary ids that are asked for; different ones in each row, none of them known.
+    known
+        Gene prompt: B cells with the counts of their known genes, which are binned among each other. At most
+        ``max_length - 1`` of them are perceived.
+    states_BD
+        Cell prompt, from `cell_states`.
+    steps
+        In how many steps the genes are generated, about equally many in each. In one step no gene that is asked for
+        influences another.
+    batch_size
+        Cells at a time.
+
+    Raises
+    ------
+    CellmillError
+        If there is no prompt, the prompts are not of B cells, or a gene is unknown, asked for twice or known already.
+    """
+    genes_BQ = np.asarray(genes_BQ, dtype=np.int64)
+    _check(model, genes_BQ, known, states_BD, steps)
+    if known is None:
+        nothing = np.zeros(0, np.int64)
+        known = CellBatch(
+            np.arange(len(genes_BQ)), np.zeros(len(genes_BQ) + 1, np.int64), nothing, nothing, np.ones(len(genes_BQ))
+        )
+    device, parts = _device(model), []
+    model.eval()
+    with torch.inference_mode(), Progress("generation", len(genes_BQ)) as progress:
+        for start in range(0, len(genes_BQ), batch_size):
+            stop = min(start + batch_size, len(genes_BQ))
+            inputs = model.embed_inputs(known.slice(start, stop))
+            inputs["asked"] = torch.from_numpy(genes_BQ[start:stop])
+            prompt_BD = None if states_BD is None else torch.as_tensor(states_BD[start:stop]).float().to(device)
+            parts.append(_generate(model, to_device(inputs, device), prompt_BD, steps))
+            progress.update(stop)
+    return Generated(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
+
+
+def _generate(model: Scgpt, inputs: Inputs, prompt_BD: Tensor | None, steps: int) -> tuple[Tensor, Tensor]:
+    """Bins [B, Q] and steps [B, Q] of one batch."""
+    tokens_BP, values_BP, asked_BQ = inputs["tokens"], inputs["values"], inputs["asked"]
+    n_asked = asked_BQ.shape[1]
+    bins_BQ, step_BQ = torch.zeros_like(asked_BQ, dtype=torch.float32), torch.zeros_like(asked_BQ)
+    left_BR = torch.arange(n_asked, device=asked_BQ.device).expand_as(asked_BQ)  # places among the genes asked for
+    for step in range(1, steps + 1):
+        asked_BR = asked_BQ.gather(1, left_BR)
+        predicted = model.predict({"tokens": tokens_BP, "values": values_BP, "asked": asked_BR}, prompt_BD)
+        n_now = n_asked * step // steps - n_asked * (step - 1) // steps
+        order_BR = (predicted.gep_BG - predicted.mvc_BG).abs().argsort(dim=1, stable=True)
+        now_BR, later_BR = order_BR[:, :n_now], order_BR[:, n_now:]
+        bins_BR = predicted.gep_BG.clamp(1, model.sizes.n_bins - 1).gather(1, now_BR)
+        bins_BQ.scatter_(1, left_BR.gather(1, now_BR), bins_BR)
+        step_BQ.scatter_(1, left_BR.gather(1, now_BR), step)
+        tokens_BP = torch.cat([tokens_BP, asked_BR.gather(1, now_BR)], dim=1)
+        values_BP = torch.cat([values_BP, bins_BR.round()], dim=1)  # perceived bins are whole numbers in training
+        left_BR = left_BR.gather(1, later_BR)
+    return bins_BQ, step_BQ
+
+
+def values_by_reference(model: Scgpt, bins_BQ: np.ndarray, reference: CellBatch) -> np.ndarray:
+    """log1p(CP10k) of bins, float32 [B, Q], where the counts are distributed as those of `reference`.
+
+    Parameters
+    ----------
+    bins_BQ
+        Of B cells.
+    reference
+        Whole cells: B of them, or one for all.
+    """
+    if len(reference) not in (1, len(bins_BQ)):
+        raise CellmillError(
+            f"there are {len(reference)} reference cells for {len(bins_BQ)} generated ones; give one for each, or one"
+        )
+    edges_BE = count_edges(reference, model.sizes.n_bins - 1) * (1e4 / np.maximum(reference.totals, 1))[:, None]
+    return _between(bins_BQ, np.log1p(edges_BE))
+
+
+def values_by_total(model: Scgpt, bins_BQ: np.ndarray, totals_B: np.ndarray) -> np.ndarray:
+    """log1p(CP10k) of bins, float32 [B, Q], of cells with given raw counts in all, of the generated genes alone.
+
+    Without a cell to go by, counts grow exponentially with the bin, from one molecule in the first bin, as steeply as
+    the total asks.
+
+    Parameters
+    ----------
+    bins_BQ
+        Of B cells.
+    totals_B
+        Raw counts over the Q genes, at least Q; one number for all, or [B].
+    """
+    totals_B = np.broadcast_to(np.asarray(totals_B, dtype=np.float64), len(bins_BQ))
+    if (totals_B < bins_BQ.shape[1]).any():
+        raise CellmillError(
+            f"a total of {totals_B.min():g} counts is too few for {bins_BQ.shape[1]} genes of at least one count each; "
+            "give larger totals or fewer genes"
+        )
+    above_BQ = np.asarray(bins_BQ, dtype=np.float64) - 1
+    low_B, high_B = np.zeros(len(totals_B)), np.log(totals_B) / np.maximum(above_BQ.max(axis=1), 1e-9)
+    for _ in range(_HALVINGS):
+        steepness_B = (low_B + high_B) / 2
+        too_many_B = np.exp(steepness_B[:, None] * above_BQ).sum(axis=1) > totals_B
+        low_B, high_B = np.where(too_many_B, low_B, steepness_B), np.where(too_many_B, steepness_B, high_B)
+    counts_BQ = np.exp(low_B[:, None] * above_BQ)
+    return np.log1p(counts_BQ * (1e4 / totals_B)[:, None]).astype(np.float32)
+
+
+def _between(bins_BQ: np.ndarray, edges_BE: np.ndarray) -> np.ndarray:
+    edges = torch.from_numpy(edges_BE.astype(np.float32)).expand(len(bins_BQ), -1)
+    return value_of_bins(torch.as_tensor(bins_BQ), edges).numpy()
+
+
+def _device(model: Scgpt) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _check(
+    model: Scgpt, genes_BQ: np.ndarray, known: CellBatch | None, states_BD: np.ndarray | None, steps: int
+) -> None:
+    """Refuse what cannot be asked."""
+    if not isinstance(model, Scgpt):
+        raise CellmillError(
+            f"a {type(model).__name__} cannot generate from prompts; give a model of architecture scgpt"
+        )
+    if known is None and states_BD is None:
+        raise CellmillError("there is no prompt; give known genes, the states of cells, or both")
+    if steps < 1:
+        raise CellmillError(f"steps is {steps}; generate in at least 1 step")
+    for what, number in (("gene prompts", known), ("cell prompts", states_BD)):
+        if number is not None and len(number) != len(genes_BQ):
+            raise CellmillError(
+                f"there are {len(number)} {what} and genes are asked of {len(genes_BQ)} cells; give one for each"
+            )
+    if states_BD is not None and np.shape(states_BD) != (len(genes_BQ), model.sizes.width):
+        raise CellmillError(
+            f"cell prompts are {np.shape(states_BD)}, expected ({len(genes_BQ)}, {model.sizes.width}); "
+            "take them from cell_states of the same model"
+        )
+    if genes_BQ.size and not 0 <= genes_BQ.min() <= genes_BQ.max() < model.n_genes:
+        raise CellmillError(f"a gene asked for is none of the model's {model.n_genes}; give ids of its vocabulary")
+    key_BQ = genes_BQ + np.arange(len(genes_BQ))[:, None] * model.n_genes
+    keys = key_BQ.ravel() if known is None else np.append(key_BQ, known.genes + known.cell_of * model.n_genes)
+    if len(np.unique(keys)) != len(keys):
+        raise CellmillError(
+            "a gene is asked for twice, or is known already; ask for different genes that are not known"
+        )
