@@ -55,8 +55,8 @@ class Opened:
             self._map = None
         elif self._shards and known is None:
             raise CellmillError(
-                f"{checkpoint} has a vocabulary of its own, not that of {shards}; give the run's vocabulary/ORGANISM.parquet "
-                "with --vocabulary, and genes are matched"
+                f"{checkpoint} has a vocabulary of its own, not that of {shards}; give the run's "
+                "vocabulary/ORGANISM.parquet with --vocabulary, and genes are matched"
             )
         elif self._shards:
             self._shards.check_vocabulary(known.hash)
