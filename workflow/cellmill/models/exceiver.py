@@ -36,6 +36,8 @@ from cellmill.views.ragged import pad
 
 RELEASED_LOGIT = 1.0
 """What the released code adds to the logits of undetected genes."""
+GENE_STD = 0.1
+LINEAR_GELU = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +138,7 @@ class Exceiver(CellModel):
         self.head = nn.Sequential(nn.LayerNorm(sizes.width), nn.Linear(sizes.width, 1), nn.GELU(), nn.Linear(1, 1))
         self.prototype = Layer(sizes) if sizes.prototype_layer else None
         self.apply(_initialise)
+        _initialise_genes_and_head(self.gene_embedding, self.head)
         self.register_buffer("mean", torch.full((n_genes,), torch.nan))
         self.register_buffer("std", torch.full((n_genes,), torch.nan))
         self.register_buffer("n_hidden", torch.zeros((), dtype=torch.int64))  # 0: not known
@@ -324,6 +327,17 @@ def _initialise(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.qkv.weight)
         nn.init.zeros_(module.qkv.bias)
         nn.init.zeros_(module.out.bias)
+
+
+@torch.no_grad()
+def _initialise_genes_and_head(genes: nn.Embedding, head: nn.Sequential) -> None:
+    """Ours: short gene embeddings, which take in fewer steps what sets genes apart (the published ones ended as short);
+    and a head whose one GELU starts in its linear part, since where that unit dies no gradient gets past it.
+    """
+    genes.weight.mul_(GENE_STD)
+    head[1].bias.fill_(LINEAR_GELU)
+    head[3].weight.fill_(1.0)
+    head[3].bias.fill_(views.SHIFT - LINEAR_GELU)
 
 
 MODEL = Exceiver
