@@ -9,8 +9,9 @@ The network is a pre-norm decoder without biases and with two heads of their own
 The next word is any of the words that remain of the part of the sentence that is asked for: the target is uniform over
 them, and <E> where none remains. `entity` is the cross-entropy with that target, `value` the squared error of the value
 head at the columns of the same words, whose mean is taken over them too. The original's pretraining code is not
-published; this is the objective that its paper states in words. All tokens compete in the softmax, also words that have
-been said, which generation bans.
+published; this is the objective that its paper states in words. Two things are our own: all tokens compete in the
+softmax, also words that have been said, which generation bans; and each sentence weighs the same, whatever its length,
+lest the thousand words of a generated cell leave nothing to the two of an annotated one.
 
 Tokens: <E> 0, the genes from 1, the values of each obs column after each other, <PCT> (asks for the cell type), 15 more
 task tokens, of which the first asks for the other metadata. A cell type has one level here, as a Census has it; the
@@ -169,7 +170,7 @@ class Scmulan(CellModel):
 
     Sizes = Sizes
     presets: ClassVar[dict[str, Sizes]] = {
-        "demo": Sizes(n_layers=2, width=64, n_heads=2, max_length=256),
+        "demo": Sizes(n_layers=2, width=64, n_heads=2, max_length=128),
         "tiny": Sizes(n_layers=5, width=96, n_heads=3, max_length=1024),
         "small": Sizes(n_layers=7, width=320, n_heads=5, max_length=1024),
         "base": Sizes(n_layers=12, width=576, n_heads=9, max_length=1024),
@@ -311,7 +312,7 @@ class Scmulan(CellModel):
         return self.encode(tokens_B.unsqueeze(1), values_B.unsqueeze(1), cache, valid_B1)[:, 0]
 
     def forward(self, inputs: Inputs, *, step: int | None = None) -> Losses:
-        """`entity`: cross-entropy (nats) and `value`: squared error (bins), each a mean over the words that remain."""
+        """`entity`: cross-entropy (nats) and `value`: squared error (bins), sums over sentences of their means."""
         asked = _Asked(inputs)
         h_BLD = self.encode(inputs["tokens"], inputs["values"])
         places_M = asked.asks_BL.flatten().nonzero().squeeze(1)
@@ -321,12 +322,12 @@ class Scmulan(CellModel):
             # the mean logit of the words that remain is the product with their mean row: no L x L logits
             row_BLD = asked.mean_remaining(F.embedding(inputs["tokens"], self.entity_head.weight))
             logit_M = (h_MD.float() * row_BLD.flatten(0, 1).index_select(0, places_M)).sum(1)
-            entity = (torch.logsumexp(logits_MT.float(), 1) - logit_M).sum()
+            entity_M = torch.logsumexp(logits_MT.float(), 1) - logit_M
             values_BLL = h_BLD.float() @ F.embedding(inputs["tokens"], self.value_head.weight).mT
         error_BLL = (values_BLL - inputs["values"].unsqueeze(1)).square()
+        entity = (entity_M * asked.share_BL.flatten()[places_M]).sum()
         value = (error_BLL * asked.weights_BLL()).sum()
-        count = asked.asks_BL.sum().float()
-        return {"entity": LossTerm(entity, count), "value": LossTerm(value, count)}
+        return {"entity": LossTerm(entity, asked.count), "value": LossTerm(value, asked.count)}
 
     def decode_types(self, inputs: Inputs) -> CellTypes:
         """Say the likeliest cell type after the <PCT> of `embed_inputs`, and a finer one unless <E> is likelier."""
@@ -443,10 +444,9 @@ class Scmulan(CellModel):
         trivial = trivial.to(tokens_BL.device)
         log_BL = torch.where(asked.targets_BL, trivial[inputs["task"].unsqueeze(1), tokens_BL], 0)
         error_BL = (trivial[3][tokens_BL] - inputs["values"]).square()
-        count = asked.asks_BL.sum().float()
         means = [-asked.mean_remaining(log_BL), asked.mean_remaining(error_BL)]
-        entity, value = (mean_BL[asked.asks_BL].sum() for mean_BL in means)
-        return {"entity": LossTerm(entity, count), "value": LossTerm(value, count)}
+        entity, value = ((mean_BL * asked.share_BL).sum() for mean_BL in means)
+        return {"entity": LossTerm(entity, asked.count), "value": LossTerm(value, asked.count)}
 
 
 class _Asked:
@@ -466,6 +466,9 @@ class _Asked:
         self.targets_BL = (self.place_L > self.first_B1) & (self.place_L <= self.end_B1)
         self.words_BL = self.targets_BL & (self.place_L < self.end_B1)
         self.n_BL = (self.end_B1 - 1 - self.place_L).clamp(min=1)
+        n_asked_B1 = self.asks_BL.sum(1, keepdim=True)
+        self.share_BL = self.asks_BL / n_asked_B1.clamp(min=1)  # of a place in its sentence
+        self.count = (n_asked_B1 > 0).sum().float()
 
     def mean_remaining(self, x: Tensor) -> Tensor:
         """The mean of what [B, L] or [B, L, D] holds at the words that remain, for each place that asks."""
@@ -479,13 +482,13 @@ class _Asked:
         return (sums + behind * like(self.place_L == self.end_B1 - 1)) / like(self.n_BL)
 
     def weights_BLL(self) -> Tensor:
-        """float32 [B, L, L], the share of word j in the target of place i; 0 for places that do not ask."""
+        """float32 [B, L, L], the share of word j in the target of place i, times the place's share in its sentence."""
         later_LL = self.place_L > self.place_L[:, None]
         ends_BL = self.place_L == self.end_B1 - 1
         remains_BLL = (later_LL & self.words_BL[:, None]) | (
             ends_BL[:, :, None] & (self.place_L == self.end_B1)[:, None]
         )
-        return (remains_BLL & self.asks_BL[:, :, None]) / self.n_BL[:, :, None]
+        return remains_BLL * (self.share_BL / self.n_BL)[:, :, None]
 
 
 def _matrix(sentences: views.Sentences) -> Inputs:

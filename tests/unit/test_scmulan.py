@@ -1,0 +1,409 @@
+"""scMulan's objective on hand-computed sentences, its tasks, cache and poolings, and its independence of the batch."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from cellmill.checkpoints import load_checkpoint, save_checkpoint
+from cellmill.errors import CellmillError
+from cellmill.models import resolve_sizes
+from cellmill.models.base import parameter_counts, total_loss
+from cellmill.models.scmulan import Cache, Scmulan, most_variable
+from cellmill.recipes import ModelRecipe
+from cellmill.views import scmulan as views
+from model_cells import assert_cells_are_independent, make_batch, real_statistics, train
+from shard_cells import real_cells
+
+N_GENES = 32_786
+SMALL = Scmulan.Sizes(n_layers=2, width=16, n_heads=2, max_length=64, n_model_genes=500)
+CATEGORIES = {"tissue_general": ["blood", "lung"], "cell_type": ["B cell", "T cell", "monocyte"], "sex": ["F", "M"]}
+
+
+def with_codes(cells, seed=0, known=0.8):
+    """The cells with codes of `CATEGORIES`, a part of them unknown."""
+    random = np.random.default_rng(seed)
+    codes = {}
+    for column, values in CATEGORIES.items():
+        codes_B = random.integers(len(values), size=len(cells))
+        codes[column] = np.where(random.random(len(cells)) < known, codes_B, -1).astype(np.int32)
+    return replace(cells, codes=codes)
+
+
+@pytest.fixture(scope="module")
+def blood(data):
+    return with_codes(real_cells(data, "celltypist_sample")[0])
+
+
+@pytest.fixture(scope="module")
+def statistics(blood):
+    return real_statistics(blood, N_GENES)
+
+
+@pytest.fixture
+def model(statistics):
+    torch.manual_seed(0)
+    model = Scmulan(SMALL, N_GENES, statistics, CATEGORIES).eval()
+    for parameter in model.parameters():  # larger than at the start, so that words matter
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def tiny(n_genes=4, categories=CATEGORIES, **sizes) -> Scmulan:
+    torch.manual_seed(1)
+    model = Scmulan(replace(SMALL, **sizes), n_genes, categories=categories).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def test_published_parameter_count():
+    with torch.device("meta"):
+        model = Scmulan(Scmulan.presets["published"], 2000, categories=Scmulan.published_categories["published"])
+    assert parameter_counts(model)["total"] == 368_800_320
+    assert (model.n_tokens, model.pct) == (2222, 2206)
+
+
+def test_tokens_and_words():
+    """<E>, genes, the words of each column, <PCT> and its fellows."""
+    model = tiny()
+    assert model.tokens.gene_V.tolist() == [1, 2, 3, 4]
+    assert model.first_word == {"tissue_general": 5, "cell_type": 7, "sex": 10}
+    assert (model.tokens.end, model.tokens.annotate, model.tokens.describe, model.n_tokens) == (0, 12, 13, 28)
+    cells = make_batch([{0: 1}, {1: 1}, {2: 1}])
+    codes = {"tissue_general": [1, -1, -1], "cell_type": [2, 0, -1], "sex": [0, 1, -1]}
+    cells = replace(cells, codes={column: np.array(code, np.int32) for column, code in codes.items()})
+    words = model.words(cells, model.obs_columns)
+    assert words.offsets.tolist() == [0, 3, 5, 5]
+    assert words.tokens.tolist() == [6, 9, 10, 7, 11]
+    assert len(model.words(replace(cells, codes={}), model.obs_columns).tokens) == 0
+
+
+def sentence(tokens: list[int], values: list[int], targets: int, task: int, width: int) -> dict:
+    """A padded sentence."""
+    rest = [0] * (width - len(tokens))
+    return {
+        "tokens": torch.tensor([tokens + rest]),
+        "values": torch.tensor([values + rest]),
+        "lengths": torch.tensor([len(tokens)]),
+        "targets": torch.tensor([targets]),
+        "task": torch.tensor([task]),
+    }
+
+
+# tissue 5, type 7, then genes 2, 4, 1 and the end: asked at places 1, 2, 3 (what remains of 2, 4, 1) and 4 (<E>)
+GENERATED = ([5, 7, 2, 4, 1, 0], [0, 0, 10, 3, 6, 0], 4, views.GENERATE, 9)
+REMAINING = {1: [2, 3, 4], 2: [3, 4], 3: [4], 4: [5]}
+
+
+def test_the_objective_by_hand():
+    model = tiny()
+    inputs = sentence(*GENERATED)
+    tokens, values = inputs["tokens"][0], inputs["values"][0]
+    with torch.no_grad():
+        losses = model(inputs)
+        h_LD = model.encode(inputs["tokens"], inputs["values"])[0]
+        log_LT, value_LT = model.entity_head(h_LD).log_softmax(1), model.value_head(h_LD)
+    entity = value = 0.0
+    for place, words in REMAINING.items():
+        for word in words:
+            entity -= float(log_LT[place, tokens[word]]) / len(words)
+            value += (float(value_LT[place, tokens[word]]) - float(values[word])) ** 2 / len(words)
+    assert losses["entity"].count == losses["value"].count == 1  # one sentence, of four places
+    assert float(losses["entity"].sum) == pytest.approx(entity / 4, rel=1e-5)
+    assert float(losses["value"].sum) == pytest.approx(value / 4, rel=1e-5)
+
+
+def test_sentences_weigh_the_same():
+    model = tiny()
+    sentences = [sentence(*GENERATED), sentence([3, 1, 12, 8, 0], [10, 2, 0, 0, 0], 2, views.ANNOTATE, 9)]
+    both = {name: torch.cat([inputs[name] for inputs in sentences]) for name in sentences[0]}
+    with torch.no_grad():
+        apart, together = [model(inputs) for inputs in sentences], model(both)
+    for name, term in together.items():
+        assert term.count == 2
+        assert float(term.sum) == pytest.approx(sum(float(losses[name].sum) for losses in apart), rel=1e-5)
+
+
+def test_a_model_without_opinion_is_at_the_logarithm_of_its_tokens():
+    model = tiny()
+    torch.nn.init.zeros_(model.entity_head.weight)
+    torch.nn.init.zeros_(model.value_head.weight)
+    with torch.no_grad():
+        losses = model(sentence(*GENERATED))
+    assert float(losses["entity"].sum / losses["entity"].count) == pytest.approx(math.log(28), rel=1e-6)
+    # squares of 10, 3, 6; of 3, 6; of 6; of <E>'s 0
+    assert float(losses["value"].sum) == pytest.approx(((100 + 9 + 36) / 3 + (9 + 36) / 2 + 36) / 4, rel=1e-6)
+
+
+def test_a_target_without_words_in_front_is_not_asked_for():
+    model = tiny()
+    inputs = sentence([2, 4, 0], [10, 3, 0], 3, views.GENERATE, 5)
+    with torch.no_grad():
+        losses = model(inputs)
+        log_LT = model.entity_head(model.encode(inputs["tokens"], inputs["values"])[0]).log_softmax(1)
+    assert losses["entity"].count == 1
+    assert float(losses["entity"].sum) == pytest.approx(-float(log_LT[0, 4] + log_LT[1, 0]) / 2, rel=1e-5)
+    empty = model(sentence([0], [0], 1, views.GENERATE, 1))
+    assert empty["entity"].count == empty["entity"].sum == 0
+
+
+def test_annotation_asks_behind_the_task_alone():
+    model = tiny()
+    inputs = sentence([3, 1, 12, 8, 0], [10, 2, 0, 0, 0], 2, views.ANNOTATE, 6)
+    with torch.no_grad():
+        losses = model(inputs)
+        log_LT = model.entity_head(model.encode(inputs["tokens"], inputs["values"])[0]).log_softmax(1)
+    assert losses["entity"].count == 1
+    assert float(losses["entity"].sum) == pytest.approx(-float(log_LT[2, 8] + log_LT[3, 0]) / 2, rel=1e-5)
+
+
+def test_tasks_are_equally_frequent_among_those_that_a_cell_has_words_for():
+    """Measured over 12,000 cells."""
+    n = 12_000
+    cells = make_batch([{0: 1, 1: 2}] * n)
+    codes = {"tissue_general": np.zeros(n, np.int32), "cell_type": np.zeros(n, np.int32)}
+    codes["cell_type"][6000:] = -1
+    codes["tissue_general"][4000:6000] = codes["tissue_general"][9000:] = -1
+    cells = replace(cells, codes=codes)
+    inputs = tiny().pretrain_inputs(cells, seed=3, step=1)
+    task = inputs["task"].numpy()
+
+    def rates(start, stop):
+        return (np.bincount(task[start:stop], minlength=3) / (stop - start)).tolist()
+
+    assert rates(0, 4000) == pytest.approx([1 / 3] * 3, abs=0.025)
+    assert rates(4000, 6000) == pytest.approx([1 / 2, 1 / 2, 0], abs=0.035)
+    assert rates(6000, 9000) == pytest.approx([1 / 2, 0, 1 / 2], abs=0.03)
+    assert rates(9000, n) == [1, 0, 0]
+    generated = task[:4000] == views.GENERATE
+    starts_with_gene = inputs["values"][:4000, 0].numpy()[generated] > 0
+    assert starts_with_gene.mean() == pytest.approx(0.1, abs=0.025)
+
+
+def test_metadata_stands_in_front_of_generated_genes():
+    cells = replace(make_batch([{0: 3, 2: 5}]), codes={"cell_type": np.array([1]), "sex": np.array([0])})
+    model = tiny(unprompted=0.0)
+    seen = {}
+    for step in range(40):
+        inputs = model.pretrain_inputs(cells, seed=0, step=step)
+        seen.setdefault(int(inputs["task"]), set()).add(tuple(inputs["tokens"][0].tolist()))
+    assert seen[views.GENERATE] == {(10, 8, 1, 3, 0), (10, 8, 3, 1, 0)}
+    assert seen[views.ANNOTATE] == {(1, 3, 12, 8, 0), (3, 1, 12, 8, 0)}
+    assert seen[views.DESCRIBE] == {(1, 3, 13, 10, 0), (3, 1, 13, 10, 0)}
+
+
+def test_cells_are_independent(model, blood):
+    assert_cells_are_independent(model, blood.take(np.arange(40)), n_checked=12)
+
+
+@pytest.mark.parametrize("pooling", Scmulan.poolings)
+def test_every_pooling_is_independent_of_the_batch(model, blood, pooling):
+    cells = blood.take(np.arange(20))
+    with torch.inference_mode():
+        together = model.embed_cells(model.embed_inputs(cells), pooling)
+        for row in range(6):
+            alone = model.embed_cells(model.embed_inputs(cells.take([row])), pooling)
+            torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=1e-5)
+
+
+def test_a_cache_equals_the_full_forward(model, blood):
+    """Sentences of unlike lengths, read at once and then three words further, one at a time."""
+    inputs = model.embed_inputs(blood.take([0, 3, 7, 20]))
+    lengths_B = inputs["lengths"] - torch.tensor([0, 9, 2, 30])
+    inputs["lengths"] = lengths_B
+    further_BS = torch.tensor([[5, 501, 9], [1, 2, 3], [503, 504, 0], [8, 7, 6]])
+    values_BS = further_BS % 11
+    with torch.inference_mode():
+        state_BD, cache = model.read(inputs, 3)
+        states = [state_BD]
+        for tokens_B, values_B in zip(further_BS.T, values_BS.T, strict=True):
+            states.append(model.read_further(tokens_B, values_B, cache))
+        for row in range(4):
+            n = int(lengths_B[row])
+            tokens_L = torch.cat([inputs["tokens"][row, :n], further_BS[row]])
+            values_L = torch.cat([inputs["values"][row, :n], values_BS[row]])
+            full_LD = model.encode(tokens_L[None], values_L[None])[0, n - 1 :]
+            torch.testing.assert_close(torch.stack([s[row] for s in states]), full_LD, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cache_goes_on_with_some_sentences():
+    model = tiny()
+    tokens_BL = torch.tensor([[5, 1, 2], [6, 3, 4], [5, 4, 1]])
+    with torch.inference_mode():
+        cache = Cache(4)
+        model.encode(tokens_BL, tokens_BL, cache, torch.ones_like(tokens_BL, dtype=torch.bool))
+        cache.keep(torch.tensor([True, False, True]))
+        state_BD = model.read_further(torch.tensor([3, 2]), torch.tensor([1, 7]), cache)
+        full_BLD = model.encode(torch.tensor([[5, 1, 2, 3], [5, 4, 1, 2]]), torch.tensor([[5, 1, 2, 1], [5, 4, 1, 7]]))
+    torch.testing.assert_close(state_BD, full_BLD[:, -1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_the_label_informed_embedding_is_the_state_of_the_said_type(model, blood, levels):
+    """Whether a finer type follows depends on <E>, which is made unlikely or likely here."""
+    inputs = model.embed_inputs(blood.take(np.arange(12)))
+    types = model.type_words
+    model.entity_head.weight.data[0] = 0
+    with torch.inference_mode():
+        after_BD = model.decode_types(inputs).states_BD
+    model.entity_head.weight.data[0] = after_BD.mean(0) * (10 if levels == 1 else -10)
+    with torch.inference_mode():
+        found = model.decode_types(inputs)
+        informed = model.embed_cells(inputs, "label_informed")
+        for row in range(12):
+            n = int(inputs["lengths"][row])
+            tokens, values = inputs["tokens"][row, :n].tolist(), inputs["values"][row, :n].tolist()
+            said = []
+            for _ in range(2):
+                logits_T = model.entity_head(model.encode(torch.tensor([tokens]), torch.tensor([values]))[0, -1])
+                logits_K = logits_T[types].clone()
+                logits_K[said] = -torch.inf
+                code = int(logits_K.argmax())
+                if said and logits_K[code] <= logits_T[0]:
+                    break
+                tokens, values = [*tokens, types.start + code], [*values, 0]
+                said.append(code)
+                probability = float(logits_K.softmax(0)[code])
+            assert len(said) == levels
+            h_D = model.encode(torch.tensor([tokens]), torch.tensor([values]))[0, -1]
+            torch.testing.assert_close(informed[row], h_D, atol=1e-5, rtol=1e-5)
+            assert int(found.codes_B[row]) == said[-1]
+            assert float(found.probability_B[row]) == pytest.approx(probability, abs=1e-5)
+
+
+def test_without_cell_types_genes_are_pooled():
+    model = tiny(categories={"sex": ["F", "M"]})
+    assert model.poolings == ("mean", "pct")
+    with pytest.raises(CellmillError, match="no cell type words"):
+        model.decode_types(model.embed_inputs(make_batch([{0: 1}])))
+    with pytest.raises(CellmillError, match="no pooling 'label_informed'"):
+        model.embed_cells(model.embed_inputs(make_batch([{0: 1}])), "label_informed")
+
+
+def test_most_variable_genes(blood, statistics):
+    """Against the formula gene by gene; unexpressed genes never."""
+    chosen = most_variable(statistics, 500)
+    mean, std = statistics.mean_log1p_cp10k.double().numpy(), statistics.std_log1p_cp10k.double().numpy()
+    expressed = np.flatnonzero(np.isfinite(mean))
+    assert 500 < len(expressed) < N_GENES
+    z = np.full(N_GENES, -np.inf)
+    for genes in np.array_split(expressed[np.argsort(mean[expressed], kind="stable")], 20):
+        dispersion = std[genes] ** 2 / mean[genes]
+        z[genes] = (dispersion - dispersion.mean()) / dispersion.std()
+    z[statistics.nonzero_cells.numpy() < 10] = -np.inf
+    assert len(np.intersect1d(chosen, np.argsort(-z)[:500])) > 490  # bins differ by a gene at their edges
+    assert np.isfinite(z[chosen]).all()
+    assert np.array_equal(most_variable(statistics, N_GENES), expressed)
+
+
+def test_genes_that_are_no_words(model, blood):
+    token_V = model.tokens.gene_V
+    assert model.n_known_genes == (token_V >= 0).sum() == 500
+    genes_VD = model.embed_genes()
+    assert genes_VD.shape == (N_GENES, 16)
+    assert not genes_VD[token_V < 0].any()
+    gene = int(np.flatnonzero(token_V >= 0)[7])
+    assert torch.equal(genes_VD[gene], model.word_embedding.weight[token_V[gene]].detach())
+    with pytest.raises(CellmillError, match="does not know its genes; build it with the corpus statistics"):
+        Scmulan(SMALL, N_GENES).embed_inputs(blood)
+
+
+def test_gene_states_are_those_of_the_sentence(model, blood):
+    cells = blood.take([2, 5])
+    inputs = model.embed_inputs(cells)
+    with torch.inference_mode():
+        states = model.gene_states(inputs)
+        h_BLD = model.encode(inputs["tokens"], inputs["values"])
+    assert len(states.genes_N) == int(inputs["lengths"].sum()) - 2
+    for n in (0, 11, len(states.genes_N) - 1):
+        row, token = int(states.cells_N[n]), model.tokens.gene_V[int(states.genes_N[n])]
+        place = inputs["tokens"][row].tolist().index(token)
+        torch.testing.assert_close(states.states_ND[n], h_BLD[row, place])
+    for row in range(2):
+        expressed = cells.genes[cells.offsets[row] : cells.offsets[row + 1]]
+        assert np.isin(states.genes_N[states.cells_N == row].numpy(), expressed).all()
+
+
+def test_imputation_reads_the_state_of_the_last_gene():
+    model = tiny(n_genes=5)
+    cells = make_batch([{0: 9, 2: 999}, {}], totals=[10_000, 10])
+    with torch.inference_mode():
+        imputed = model.impute(model.impute_inputs(cells, np.array([[1, 3, 4], [1, 3, 4]])))
+        h_D = model.encode(torch.tensor([[3, 1]]), torch.tensor([[10, 4]]))[0, -1]  # ln 10 of ln 1000: bin 4
+        log_T, bins_T = model.entity_head(h_D).log_softmax(0), model.value_head(h_D).clamp(0.5, 10)
+        empty_D = model.encode(torch.tensor([[model.pct]]), torch.tensor([[0]]))[0, -1]
+        empty_T = model.entity_head(empty_D).log_softmax(0)
+    words = [2, 4, 5]
+    torch.testing.assert_close(imputed.detection_BQ[0], log_T[words])
+    torch.testing.assert_close(imputed.values_BQ[0], (bins_T[words] - 0.5) / 10 * math.log(1000))
+    torch.testing.assert_close(imputed.detection_BQ[1], empty_T[words])
+
+
+def test_imputation_has_no_opinion_of_other_genes(model, blood):
+    cells, token_V = blood.take(np.arange(5)), model.tokens.gene_V
+    known, others = np.flatnonzero(token_V >= 0), np.flatnonzero(token_V < 0)[[3, 700]]
+    asked_BQ = np.tile(np.concatenate([known, others]), (5, 1))
+    with torch.inference_mode():
+        values_BQ, detection_BQ = model.impute(model.impute_inputs(cells, asked_BQ))
+    torch.testing.assert_close(values_BQ[:, -1], values_BQ[:, :-2].mean(1))
+    torch.testing.assert_close(detection_BQ[:, -2], detection_BQ[:, :-2].amin(1))
+    assert values_BQ.isfinite().all()
+
+
+def test_the_trivial_baseline_by_hand():
+    """Frequencies with one added to every word that a task may ask for; mean bins."""
+    model = tiny(n_genes=3)
+    cells = make_batch([{0: 9, 1: 99}, {0: 5}], totals=[10_000, 10])
+    cells = replace(cells, codes={"cell_type": np.array([1, -1]), "sex": np.array([0, 1])})
+    trivial = model.fit_trivial([cells.take([0]), cells.take([1])])
+    p = trivial[:3].exp()
+    assert p[views.GENERATE, :4].tolist() == pytest.approx([3 / 9, 3 / 9, 2 / 9, 1 / 9])  # <E>, genes 0, 1, 2
+    assert p[views.ANNOTATE, [0, 6, 7, 8]].tolist() == pytest.approx([2 / 6, 1 / 6, 2 / 6, 1 / 6])
+    assert p.sum(1).tolist() == pytest.approx([1, 1, 1])
+    # bins: gene 0 has 5 and 10, gene 1 has 10; gene 2 is never seen and gets the mean of all
+    assert trivial[3, :4].tolist() == pytest.approx([0, 7.5, 10, 25 / 3])
+    inputs = sentence([9, 1, 2, 0], [0, 5, 10, 0], 3, views.GENERATE, 5)
+    losses = model.trivial_losses(inputs, trivial)
+    log = p[0].log()
+    entity = -float((log[1] + log[2]) / 2 + log[2] + log[0])
+    assert float(losses["entity"].sum) == pytest.approx(entity / 3, rel=1e-5)
+    assert float(losses["value"].sum) == pytest.approx(2.5**2 / 2 / 3, rel=1e-5)
+    assert losses["entity"].count == model(inputs)["entity"].count == 1
+
+
+def test_training_beats_the_trivial_baseline(data, statistics, blood):
+    torch.manual_seed(0)
+    cells = blood.take(np.arange(24))
+    model = Scmulan(replace(SMALL, width=32, n_model_genes=200), N_GENES, statistics, CATEGORIES)
+    inputs = model.pretrain_inputs(cells, seed=0, step=None)
+    trivial = total_loss(model.trivial_losses(inputs, model.fit_trivial([cells]))).item()
+    assert train(model, cells, 60, 1e-2) < 0.95 * trivial
+
+
+def test_a_checkpoint_is_complete(model, blood, tmp_path):
+    meta = {"recipe": {"architecture": "scmulan"}, "feature_ids": [f"g{i}" for i in range(N_GENES)]}
+    save_checkpoint(tmp_path, model, meta)
+    again, _ = load_checkpoint(tmp_path)
+    assert again.categories == CATEGORIES
+    cells = blood.take(np.arange(6))
+    inputs = model.pretrain_inputs(cells, seed=0, step=2)
+    for name, same in again.pretrain_inputs(cells, seed=0, step=2).items():
+        assert torch.equal(inputs[name], same)
+    with torch.inference_mode():
+        assert torch.equal(model.embed_cells(model.embed_inputs(cells)), again.embed_cells(again.embed_inputs(cells)))
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(CellmillError, match="width 16 is no multiple of n_heads 3"):
+        replace(SMALL, n_heads=3)
+
+
+def test_the_demo_recipe_fits():
+    path = Path(__file__).parents[2] / "config" / "models" / "scmulan-demo.yaml"
+    recipe = ModelRecipe.from_dict(yaml.safe_load(path.read_text()))
+    assert recipe.architecture == "scmulan"
+    assert resolve_sizes(Scmulan, recipe.preset, recipe.sizes).n_model_genes == 2000
