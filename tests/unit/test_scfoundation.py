@@ -167,6 +167,8 @@ def test_released_depth_tokens(model):
     released = Scfoundation(replace(TINY, released_depth_tokens=True), N_GENES)
     released.load_state_dict(model.state_dict())
     assert released.embed_inputs(cells, np.array([100, 10]))["tokens"].tolist()[0] == [3, N_GENES, model.pad, model.pad]
+    with pytest.raises(CellmillError, match="released_depth_tokens: a cell of at most one count"):
+        released.embed_inputs(cells)
     deep = cells.take([1])
     ours, theirs = (m.eval().embed_cells(m.embed_inputs(deep)) for m in (model, released))
     assert torch.equal(ours, theirs)
