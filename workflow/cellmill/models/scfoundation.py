@@ -303,8 +303,8 @@ class Scfoundation(CellModel):
             values_N = values_N[index]
             if (np.diff(genes.offsets) < 2).any():
                 raise CellmillError(
-                    "released_depth_tokens: a cell of at most one count has fewer than the two tokens that the released "
-                    "code takes for T and S (it fails, too); leave such cells out, or set released_depth_tokens to false"
+                    "released_depth_tokens: a cell of at most one count has fewer than the two tokens that the "
+                    "released code takes for T and S (it fails, too); leave such cells out, or set it to false"
                 )
         # T and S, the last two of each cell, become the first two
         from_end_N = spread(genes.offsets[1:], genes.offsets) - np.arange(len(values_N))
