@@ -167,10 +167,10 @@ def yardstick(page: Figures, results: pd.DataFrame) -> dict | None:
     by_rank = rows[rows["metric"] == metrics[0]].sort_values("rank", kind="stable", na_position="last")
     methods = []
     for label in by_rank["label"]:
-        own = rows[rows["label"] == label].set_index("metric")
+        own = rows[rows["label"] == label].set_index("metric").reindex(metrics)
         cells = [summary.with_interval(summary.row_of(own.loc[metric])) for metric in metrics]
-        reasons = list(dict.fromkeys(reason for reason in own.loc[metrics, "reason"] if reason))
-        methods.append({"label": label, "kind": own["kind"].iloc[0], "cells": cells, "reasons": reasons})
+        reasons = list(dict.fromkeys(reason for reason in own["reason"].dropna() if reason))
+        methods.append({"label": label, "kind": own["kind"].dropna().iloc[0], "cells": cells, "reasons": reasons})
     return ranking | {
         "metrics": [(metric, YARDSTICK[metric]) for metric in metrics],
         "methods": methods,
