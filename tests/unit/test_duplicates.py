@@ -295,6 +295,33 @@ def test_one_row_for_each_benchmark_that_has_a_cell(table, tmp_path):
         audit_leaks(corpora, benchmarks, action="fail", out=out)
 
 
+@pytest.mark.parametrize("is_same", [False, True])
+def test_thousands_of_cells_of_one_profile_are_compared_in_bounded_memory(table, tmp_path, monkeypatch, is_same):
+    """Copies of one cell in the corpus and in the benchmark, which differ in one group or in none."""
+    n, seen = 1500, []
+    find = duplicates._Sorted.find
+
+    def counted(self, wanted_B):
+        for part in find(self, wanted_B):
+            seen.append(len(part[0]))
+            yield part
+
+    monkeypatch.setattr(duplicates, "PAIRS", 10_000)
+    monkeypatch.setattr(duplicates._Sorted, "find", counted)
+    copies = table.take(np.full(n, 19_700))  # a deep cell, with a print in every group
+    values = prints(copies)
+    if not is_same:
+        values[:, -1] += np.arange(n, dtype=np.uint64)
+    corpus = changed(copies, joinids=np.arange(n), dataset=["mine"] * n, prints=values)
+    benchmark = changed(copies, joinids=np.arange(n) + n, prints=values)
+    out = tmp_path / "leaks.parquet"
+    given = {"corpus": write(tmp_path / "c", corpus)}, {"b": write(tmp_path / "b", benchmark)}
+    assert audit_leaks(*given, action="drop", out=out) == n
+    assert pq.read_table(out)["benchmark_joinid"].to_pylist() == [n] * n
+    assert max(seen) <= 10_000
+    assert sum(seen) == (GROUPS * n if is_same else (GROUPS - 1) * n * n + n)
+
+
 def test_no_leak_is_an_empty_table(table, tmp_path):
     out = tmp_path / "leaks.parquet"
     corpus, target = write(tmp_path / "c", table.slice(3419)), write(tmp_path / "b", table.slice(1482, 1937))

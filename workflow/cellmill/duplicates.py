@@ -59,6 +59,8 @@ AT_A_TIME = {"values": 1 << 22, "cells": 1 << 19}
 BATCH = 1 << 18
 NEIGHBOURS = 8
 """Cells of one fingerprint are compared with so many that follow them in the order of their other fingerprints."""
+PAIRS = 1 << 20
+"""Pairs of cells with a fingerprint in common that the audit looks at together."""
 NAMED = 5
 """Leaked cells that an error names."""
 
@@ -201,30 +203,27 @@ class _Targets:
         self.joinid_Q = self.table["soma_joinid"].to_numpy()
         self.dataset_Q = np.array(self.table["dataset_id"].cast(pa.string()).to_pylist(), dtype=object)
         self.prints_QG = _prints(self.table)
-        self._sorted = [_Sorted(self.prints_QG[:, group]) for group in range(GROUPS)]
-        self._by_joinid = _Sorted(self.joinid_Q)
+        profiles = _first_of_equal(np.column_stack([self.benchmark_Q.astype(np.uint64), self.prints_QG]))
+        self._sorted = [_Sorted(self.prints_QG[:, group], profiles) for group in range(GROUPS)]
+        self._by_joinid = _Sorted(self.joinid_Q, np.arange(len(self.joinid_Q)))
 
     def leaks(self, selection: str, batch: pa.RecordBatch, prints_BG: np.ndarray) -> pa.Table:
         """The rows (`LEAKS_SCHEMA`) of one batch of a corpus."""
         pairs = []
         for group in range(GROUPS):
             compared = np.flatnonzero(prints_BG[:, group])
-            place, target = self._sorted[group].find(prints_BG[compared, group])
-            cell = compared[place]
-            same = _are_copies(*_agreement(prints_BG[cell], self.prints_QG[target]))
-            pairs.append((cell[same], target[same]))
-        cell, target = self._by_joinid.find(batch["soma_joinid"].to_numpy())
-        dataset = np.array(batch["dataset_id"].cast(pa.string()).take(pa.array(cell)).to_pylist(), dtype=object)
-        same = dataset == self.dataset_Q[target]
-        pairs.append((cell[same], target[same]))
+            for place, target in self._sorted[group].find(prints_BG[compared, group]):
+                cell = compared[place]
+                same = _are_copies(*_agreement(prints_BG[cell], self.prints_QG[target]))
+                pairs.append(self._first(cell[same], target[same]))
+        for cell, target in self._by_joinid.find(batch["soma_joinid"].to_numpy()):
+            dataset = np.array(batch["dataset_id"].cast(pa.string()).take(pa.array(cell)).to_pylist(), dtype=object)
+            same = dataset == self.dataset_Q[target]
+            pairs.append(self._first(cell[same], target[same]))
 
-        cell, target = (np.concatenate(side) for side in zip(*pairs, strict=True))
-        order = np.lexsort((target, cell))
-        cell, target = cell[order], target[order]
+        none = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
+        cell, target = self._first(*(np.concatenate(side) for side in zip(*(none + pairs), strict=True)))
         benchmark = self.benchmark_Q[target]
-        first = np.ones(len(cell), bool)  # targets are in the order of their benchmarks
-        first[1:] = (np.diff(cell) != 0) | (np.diff(benchmark) != 0)
-        cell, target, benchmark = cell[first], target[first], benchmark[first]
         ours, theirs = batch.take(pa.array(cell)), self.table.take(target)
         columns = [
             ours["soma_joinid"],
@@ -238,21 +237,45 @@ class _Targets:
         ]
         return pa.table(columns, schema=LEAKS_SCHEMA)
 
+    def _first(self, cell: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of pairs in any order each cell's first one in each benchmark, by cell and target."""
+        order = np.lexsort((target, cell))
+        cell, target = cell[order], target[order]
+        first = np.ones(len(cell), bool)  # targets are in the order of their benchmarks
+        first[1:] = (np.diff(cell) != 0) | (np.diff(self.benchmark_Q[target]) != 0)
+        return cell[first], target[first]
+
 
 class _Sorted:
-    """Values to be looked up, each of which may stand several times."""
+    """Values at some `rows`, to be looked up; each may stand several times."""
 
-    def __init__(self, values: np.ndarray):
-        self.order = np.argsort(values, kind="stable")
+    def __init__(self, values: np.ndarray, rows: np.ndarray):
+        self.order = rows[np.argsort(values[rows], kind="stable")]
         self.values = values[self.order]
 
-    def find(self, wanted_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Every pair (position in `wanted_B`, position in the values) of equal values, as two int64 [P]."""
+    def find(self, wanted_B: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Every pair (position in `wanted_B`, row) of equal values, as two int64 [P]; few pairs at a time.
+
+        At most `PAIRS`, or those of one of `wanted_B`.
+        """
         left = np.searchsorted(self.values, wanted_B, side="left")
         many = np.searchsorted(self.values, wanted_B, side="right") - left
-        cell = np.repeat(np.arange(len(wanted_B)), many)
-        within = np.arange(len(cell)) - np.repeat(np.cumsum(many) - many, many)
-        return cell, self.order[np.repeat(left, many) + within]
+        up_to, start = np.concatenate([[0], np.cumsum(many)]), 0
+        while start < len(wanted_B):
+            stop = max(start + 1, int(np.searchsorted(up_to, up_to[start] + PAIRS, side="right")) - 1)
+            here = slice(start, stop)
+            cell = np.repeat(np.arange(start, stop), many[here])
+            within = np.arange(len(cell)) - np.repeat(up_to[here] - up_to[start], many[here])
+            yield cell, self.order[np.repeat(left[here], many[here]) + within]
+            start = stop
+
+
+def _first_of_equal(values_QC: np.ndarray) -> np.ndarray:
+    """Ascending, the first of all rows that are equal."""
+    order = np.lexsort(values_QC.T)
+    first = np.ones(len(order), bool)
+    first[1:] = (np.diff(values_QC[order].view(np.int64), axis=0) != 0).any(axis=1)
+    return np.sort(order[first])
 
 
 def _explain(leaks: pa.Table, path: Path) -> str:
