@@ -471,7 +471,7 @@ def test_yardstick_has_a_section_of_its_own(run):
     page = run[1]
     section = page.html.split('<section id="yardstick">')[1].split("</section>")[0]
     table = re.findall(r"<tr><td>.*?</tr>", section, re.DOTALL)
-    cells = [[re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<td.*?</td>", row)] for row in table]
+    cells = [[re.sub(r"<[^>]*>", "", cell).strip() for cell in re.findall(r"<td.*?</td>", row)] for row in table]
     assert [row[0] for row in cells] == [
         "pca_imputation",
         "scgpt-demo",
