@@ -32,12 +32,12 @@ def test_it_ends_in_the_report_and_the_table(finished):
     assert (finished.results / "report" / "index.html").stat().st_size > 100_000
     table = pq.read_table(finished.results / "scores.parquet").to_pandas()
     assert (finished.results / "scores.csv").read_text().count("\n") == len(table) + 1
-    assert set(table["task"]) == {"pretraining", "annotation", "integration"}
+    assert set(table["task"]) == {"pretraining", "yardstick", "annotation", "integration"}
     assert set(table["kind"]) == {"model", "untrained", "baseline", "control"}
     assert set(table["seed"]) == {0, 1}
     assert not table.loc[table["value"].isna(), "reason"].isna().any()
     assert table["value"].notna().mean() > 0.9
-    benchmark = table[table["task"] != "pretraining"]
+    benchmark = table[~table["task"].isin(["pretraining", "yardstick"])]
     assert set(benchmark["seen"]) == {"no"}
 
 
@@ -78,6 +78,7 @@ def test_a_learning_rate_reruns_its_models_branch_and_the_report(changed):
         "pretrain": 2,  # one per seed
         "embed_model": 2,
         "score_pretraining": 1,
+        "score_yardstick": 1,
         "score": 2,  # one per task
         "collect_scores": 1,
         "write_report": 1,
