@@ -91,6 +91,7 @@ def share(cells: anndata.AnnData, is_kind: np.ndarray) -> np.ndarray:
 def test_cells_are_those_of_a_plain_matrix(run, planned, census, monkeypatch, is_ascending, tile, nonzeros):
     monkeypatch.setattr(curate, "TILE", tile)
     monkeypatch.setattr(curate, "NONZEROS_PER_READ", nonzeros)
+    monkeypatch.setattr(curate, "CELLS_PER_OBS_READ", 3 * tile)  # what several reads need, and not all cells
     genes = Vocabulary.read(planned / "vocabulary.parquet")
     if not is_ascending:  # as the genes of a Census whose var is in another order
         genes = Vocabulary(genes.table.take(np.random.default_rng(0).permutation(len(genes))))
@@ -352,6 +353,7 @@ def test_a_census_that_vanishes_in_mid_read(tampered, planned, monkeypatch, gone
     folder, _ = tampered
     monkeypatch.setattr(curate, "TILE", 64)
     monkeypatch.setattr(curate, "NONZEROS_PER_READ", 1)
+    monkeypatch.setattr(curate, "CELLS_PER_OBS_READ", 64)
     check, whole = curate._Cells.check, folder / "soma" / gone
     away = folder / "away"
     with monkeypatch.context() as once:

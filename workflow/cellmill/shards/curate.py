@@ -38,6 +38,7 @@ TILE = 2048
 """Rows of a tile of X in the Census: reads that end at tile edges decompress no tile twice."""
 NONZEROS_PER_READ = 8_000_000
 """Planned nonzeros of one read, unless a single tile holds more."""
+CELLS_PER_OBS_READ = 2**16
 STALE_PLAN = "the plan names cells that this Census does not have; plan the selection anew"
 QC_SCHEMA = pa.schema(
     [
@@ -110,7 +111,8 @@ def curate_block(
     """
     content = json.loads(Path(summary).read_text())
     genes = Vocabulary.read(vocabulary)
-    scores = _DoubletScores(doublets, content["blocks"][block]["joinids"])
+    joinids = content["blocks"][block]["joinids"] or (0, -1)
+    scores = _DoubletScores(doublets, joinids)
     done = 0
     with (
         open_census(census, path) as collection,
@@ -120,7 +122,7 @@ def curate_block(
         Progress(f"block {block}", content["blocks"][block]["cells"]) as progress,
     ):
         source = _Source(collection, organism, genes, extra_obs)
-        for cells, table in _ahead(source.stream(_reads(plan, block))):
+        for cells, table in _ahead(source.stream(_reads(plan, block), last=joinids[1])):
             if table is not None:
                 cells.add(table)
                 continue
@@ -256,6 +258,7 @@ class _Source:
         self.joinid_of = dict(zip(rows["dataset_id"].to_pylist(), rows["soma_joinid"].to_pylist(), strict=True))
         self.data_sets: dict[str, _DataSet] = {}
         self._room = np.empty(0, np.int64)
+        self._obs_read: tuple[pa.Table | None, int] = None, -1
         for name in extra_obs:
             if name not in self.obs.schema.names:
                 close = suggest(name, self.obs.schema.names)
@@ -263,16 +266,18 @@ class _Source:
         self.kept_columns = [*dict.fromkeys([*OBS_STRINGS, *extra_obs]), "n_measured_genes"]
         self._text_columns = [name for name in self.kept_columns if name not in ("organism", "n_measured_genes")]
 
-    def stream(self, reads: Iterator[pa.Table]) -> Iterator[tuple[_Cells, pa.Table | None]]:
-        """Cells with each table of X that holds counts of them, and at last with None."""
+    def stream(self, reads: Iterator[pa.Table], last: int) -> Iterator[tuple[_Cells, pa.Table | None]]:
+        """Cells, up to the joinid `last`, with each table of X that holds counts of them, and at last with None."""
         for planned in reads:
             joinids_B = planned["soma_joinid"].to_numpy()
             # One slice is far quicker than a list of points, unless few cells of its range are wanted.
             span = joinids_B[-1] - joinids_B[0] + 1
             coords = slice(int(joinids_B[0]), int(joinids_B[-1])) if span <= 2 * len(joinids_B) else pa.array(joinids_B)
-            if joinids_B[-1] > self.obs.domain[0][1]:
+            end = self.obs.domain[0][1]
+            if joinids_B[-1] > end:
                 raise CellmillError(STALE_PLAN)
-            cells = _Cells(planned, self._obs_of(self._read_obs(coords), joinids_B), self)
+            obs = self._read_obs(coords, min(last, end))
+            cells = _Cells(planned, self._obs_of(obs, joinids_B), self)
             self._learn_data_sets(cells.obs["dataset_id"])
             for table in self.X.read((coords,)).tables():
                 yield cells, table
@@ -297,14 +302,24 @@ class _Source:
         code_B, names = text_codes(cells.obs["dataset_id"])
         return np.array([self.data_sets[name].groups_G for name in names])[code_B]
 
-    def _read_obs(self, coords):
-        """A reader of the metadata of a range of cells."""
-        names = ["soma_joinid", *self._text_columns, "observation_joinid", "n_measured_vars", "raw_sum", "nnz"]
-        return self.obs.read((coords,), column_names=names, result_order="row-major")
+    def _read_obs(self, coords: slice | pa.Array, last: int) -> pa.Table:
+        """The metadata of a range of cells and of those after it, or of some cells.
 
-    def _obs_of(self, reader, joinids_B: np.ndarray) -> pa.Table:
+        A read decompresses whole tiles of obs, many times the cells of one range of X: so the next ranges use it, too.
+        """
+        if isinstance(coords, slice):
+            if self._obs_read[1] >= coords.stop:
+                return self._obs_read[0]
+            last = max(coords.stop, min(last, coords.start + CELLS_PER_OBS_READ - 1))
+            coords = slice(coords.start, last)
+        names = ["soma_joinid", *self._text_columns, "observation_joinid", "n_measured_vars", "raw_sum", "nnz"]
+        table = self.obs.read((coords,), column_names=names, result_order="row-major").concat()
+        if isinstance(coords, slice):
+            self._obs_read = table, last
+        return table
+
+    def _obs_of(self, table: pa.Table, joinids_B: np.ndarray) -> pa.Table:
         """The metadata of the planned cells of a range."""
-        table = reader.concat()
         found = table["soma_joinid"].to_numpy()
         rows = np.minimum(np.searchsorted(found, joinids_B), max(len(found) - 1, 0))
         if not len(found) or (found[rows] != joinids_B).any():
@@ -331,8 +346,8 @@ class _Source:
 class _DoubletScores:
     """Doublet scores of the cells of a block."""
 
-    def __init__(self, paths: list[Path], joinids: list[int] | None):
-        first, last = joinids or (0, -1)
+    def __init__(self, paths: list[Path], joinids: list[int]):
+        first, last = joinids
         within = (ds.field("soma_joinid") >= first) & (ds.field("soma_joinid") <= last)
         tables = [ds.dataset(path).to_table(filter=within, use_threads=False) for path in paths]
         scores = pa.concat_tables(tables).sort_by("soma_joinid") if tables else pa.table({})
