@@ -395,8 +395,8 @@ class Scmulan(CellModel):
     def impute(self, inputs: Inputs) -> Imputed:
         """Values from the value head, detection as the log-probability of being said next.
 
-        Of a gene that is no word the model has no opinion: it gets the mean of the cell's values and the least of its
-        log-probabilities, both over the model's genes.
+        Of a gene that is no word the model has no opinion: it gets the means of the cell's values and log-probabilities
+        over the model's genes (`n_known_genes` says how many those are).
         """
         h_BD = _last(self.encode(inputs["tokens"], inputs["values"]), inputs["lengths"])
         genes = slice(1, 1 + self.n_gene_words)
@@ -407,7 +407,7 @@ class Scmulan(CellModel):
         index_BQ, known_BQ = (inputs["asked"] - 1).clamp(min=0), inputs["asked"] >= 0
         return Imputed(
             torch.where(known_BQ, values_BG.gather(1, index_BQ), values_BG.mean(1, keepdim=True)),
-            torch.where(known_BQ, detection_BG.gather(1, index_BQ), detection_BG.amin(1, keepdim=True)),
+            torch.where(known_BQ, detection_BG.gather(1, index_BQ), detection_BG.mean(1, keepdim=True)),
         )
 
     def fit_trivial(self, batches: Iterable[CellBatch]) -> Tensor:
