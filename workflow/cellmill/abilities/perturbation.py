@@ -114,7 +114,8 @@ def perturb(
     pooling = _pooling(model, pooling)
     if kind not in get_args(Kind):
         raise CellmillError(f"there is no perturbation '{kind}'; take one of {', '.join(get_args(Kind))}")
-    if genes is not None and (np.min(genes, initial=0) < 0 or np.max(genes, initial=0) >= model.n_genes):
+    genes = None if genes is None else np.unique(np.asarray(genes, dtype=np.int64))
+    if genes is not None and len(genes) and not 0 <= genes[0] <= genes[-1] < model.n_genes:
         raise CellmillError(f"genes to perturb must be ids from 0 to {model.n_genes - 1}; map them with the vocabulary")
     if goal is not None and np.shape(goal) != (model.sizes.width,):
         raise CellmillError(f"the goal has shape {np.shape(goal)}, not ({model.sizes.width},); make it with centroid")
@@ -264,7 +265,7 @@ def _plan(
     if genes is None:
         asked = key_N
     else:
-        asked = (np.arange(len(cells))[:, None] * model.n_genes + np.unique(genes)).ravel()
+        asked = (np.arange(len(cells))[:, None] * model.n_genes + genes).ravel()
         asked = asked if kind == "overexpress" else np.intersect1d(asked, key_N)
     own = Genes(cells.joinids, offsets_of(n_genes_B), gene_N)
     shuffled_N = random_order(own.offsets, hash_genes(own, "geneformer random genes", seed))
