@@ -15,8 +15,8 @@ from cellmill.provenance import PACKAGE, PROJECT, WORKFLOW, code_version, source
 
 SCRIPTS = sorted(path.stem for path in (WORKFLOW / "scripts").glob("*.py"))
 RULES = [path.read_text() for path in sorted((WORKFLOW / "rules").glob("*.smk"))]
-BY_NAME = {"score": ("tasks", "TASK"), "score_pretraining": ("models", "MODEL")} | dict.fromkeys(
-    ("pretrain", "embed_model", "embed_untrained"), ("models", "MODEL")
+BY_NAME = {"score": ("tasks", "TASK = "), "import_released": ("released", "def read\\(")} | dict.fromkeys(
+    ("pretrain", "embed_model", "embed_untrained", "score_pretraining", "score_yardstick"), ("models", "MODEL = ")
 )
 """Scripts that load a module by name: the room that it is in, and what makes it one."""
 
@@ -27,7 +27,7 @@ def named(script: str) -> list[str]:
         return []
     room, mark = BY_NAME[script]
     paths = sorted((PACKAGE / room).glob("[!_]*.py"))
-    return [f"{room}/{path.name}" for path in paths if re.search(rf"^{mark} = ", path.read_text(), re.MULTILINE)]
+    return [f"{room}/{path.name}" for path in paths if re.search(rf"^{mark}", path.read_text(), re.MULTILINE)]
 
 
 def used(script: str, *more: str) -> set[str]:
@@ -107,7 +107,7 @@ def test_every_rule_carries_the_version_of_its_own_script():
 
 def test_an_edit_of_one_model_or_task_leaves_the_others(copy):
     scgpt = {f"{script}:models/scgpt.py" for script, (room, _) in BY_NAME.items() if room == "models"}
-    assert reruns(copy, "models/scgpt.py", "x = 1\n") == scgpt
+    assert reruns(copy, "models/scgpt.py", "x = 1\n") == scgpt | {"import_released:released/scgpt.py"}
     assert reruns(copy, "tasks/annotation.py", "x = 1\n") == {"score:tasks/annotation.py"}
 
 

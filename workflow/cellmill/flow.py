@@ -281,10 +281,9 @@ class Flow:
         """Code version of training a model."""
         return code_version("pretrain", self._architecture_file(wildcards))
 
-    def import_code(self, wildcards) -> str:
+    def import_released_code(self, wildcards) -> str:
         """Code version of reading released weights."""
-        name = self.architecture(wildcards)
-        return code_version("import_released", self._architecture_file(wildcards), f"released/{name}.py")
+        return code_version("import_released", f"released/{self.architecture(wildcards)}.py")
 
     def embed_code(self, wildcards) -> str:
         """Code version of embedding with a model."""

@@ -45,6 +45,6 @@ rule import_released:
     params:
         architecture=flow.architecture,
         released=flow.released_weights,
-        code=flow.import_code,
+        code=flow.import_released_code,
     script:
         "../scripts/import_released.py"
