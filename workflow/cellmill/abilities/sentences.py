@@ -52,7 +52,7 @@ class GeneratedCells(NamedTuple):
     """bool [C], whether the model ended the cell by <E>; the others ran into the limit."""
 
 
-def annotate(model: Scmulan, cells: CellBatch, *, batch_size: int = 64, progress: bool = True) -> Annotation:
+def annotate(model: Scmulan, cells: CellBatch, *, batch_size: int = 16, progress: bool = True) -> Annotation:
     """The cell type of every cell: the likeliest word after its genes and <PCT>, and a finer one if the model adds it.
 
     Parameters
@@ -62,7 +62,8 @@ def annotate(model: Scmulan, cells: CellBatch, *, batch_size: int = 64, progress
     cells
         C cells in the model's vocabulary. Their own `codes` are not looked at.
     batch_size
-        Cells at once; those of similar length are put together.
+        Cells at once; those of similar length are put together. Each keeps 2 x layers x width x words floats (330 MB in
+        the published size), so raise it on a GPU that has the room; on a CPU more gain nothing.
     progress
         False keeps silent.
 
@@ -93,7 +94,7 @@ def generate(
     top_k: int | None = None,
     end_scale: float = 1.0,
     limit: int | None = None,
-    batch_size: int = 32,
+    batch_size: int = 16,
     progress: bool = True,
 ) -> GeneratedCells:
     """Generate cells of given metadata, word by word.
