@@ -97,9 +97,9 @@ def measure(options: Options) -> list[Row]:
         rows.append(failure("bionemo-scdl's store", error))
 
     def run(loader: str, settings: dict, mode: str) -> dict:
-        store = [str((folder / STORES[loader]).resolve())]
+        store = [str((folder / STORES.get(loader, "shards")).resolve())]
         given = {"folder": str(folder), "mode": mode, "seconds": options.seconds}
-        python = sys.executable if loader == "cellmill" else options.peers
+        python = sys.executable if loader in ("cellmill", "memory copy") else options.peers
         return child("peers.py", loader, given | {"settings": settings | {"store": store}}, python=python, core=core)
 
     for mode in ("warm", "cold"):
@@ -110,6 +110,8 @@ def measure(options: Options) -> list[Row]:
             except RuntimeError as error:
                 rows.append(failure(f"{mode}: {name}", error))
         rows += speed_rows(mode, ours, theirs)
+        if mode == "warm":
+            rows.append(copy_row(ours, run("memory copy", {}, mode)))
     for name, (loader, settings) in MIXED.items():
         try:
             found = run(loader, settings, "mixing")
@@ -123,6 +125,13 @@ def measure(options: Options) -> list[Row]:
         size = disk((folder / path).resolve())
         rows.append(Row(f"store of {name}", size / nonzeros, "bytes/nonzero", note=f"{size / 2**20:,.0f} MiB"))
     return rows
+
+
+def copy_row(ours: dict, copied: dict) -> Row:
+    """The limit: no loader that hands out int32 genes and counts is faster than copying them."""
+    speed, limit = (epoch["cells"] / epoch["cpu"] for epoch in (ours, copied))
+    note = "the same batches copied from memory to memory, 8 bytes a nonzero, one core"
+    return Row("warm: raw batches by CPU time", speed, "cells/CPU s", "limit: copy", limit, note=note)
 
 
 def speed_rows(mode: str, ours: dict, theirs: dict[str, dict]) -> list[Row]:

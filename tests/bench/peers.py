@@ -52,6 +52,20 @@ def cellmill_loader(folder: Path, _: dict) -> Opened:
     )
 
 
+def memory_copy(folder: Path, _: dict) -> Opened:
+    """No loader: the genes and counts of every batch copied, from memory to memory, in order."""
+    from cellmill.shards.batch import CellBatch
+    from cellmill.shards.dataset import Shards
+
+    cells = CellBatch.concatenate(list(Shards(folder / "shards").batches("train", 4096)))
+    edges = cells.offsets[: len(cells) // BATCH * BATCH + 1 : BATCH].tolist()
+    return Opened(
+        lambda: ((cells.genes[a:b].copy(), cells.counts[a:b].copy()) for a, b in itertools.pairwise(edges)),
+        lambda batch: len(batch[0]),
+        None,
+    )
+
+
 def _scdataset(collection, settings: dict, **callbacks):
     from scdataset import BlockShuffling, scDataset
 
@@ -146,6 +160,7 @@ def scdataset_scdl(folder: Path, settings: dict) -> Opened:
 
 LOADERS = {
     "cellmill": cellmill_loader,
+    "memory copy": memory_copy,
     "scDataset h5ad": scdataset_h5ad,
     "scDataset zarr": scdataset_zarr,
     "scDataset scdl": scdataset_scdl,

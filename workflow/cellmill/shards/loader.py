@@ -85,7 +85,7 @@ class _Window:
         columns = (*FROM_CELLS, *coded)
         self._numbers = {name: np.concatenate([numbers(table[name]) for table in tables]) for name in columns}
         self._packed = {}
-        for name in PACKED:  # column by column, so that no more than one of them is in memory twice
+        for name in PACKED:  # column by column: what has been gathered is no longer needed as it was read
             self._packed[name] = room.gather(name, [table[name] for table in tables])
             tables = [table.drop_columns([name]) for table in tables]
 
@@ -142,9 +142,9 @@ class Loader:
     (shards, split, batch_size, seed). Of each batch rank r of `world` takes the r-th part, so every rank reads the
     bytes of every window, and unpacks its own cells alone.
 
-    Memory is bounded, whatever the corpus: the window that is served, the next one, which is read meanwhile, and, while
-    that is put together, one more copy of its largest column. At 3 bytes a nonzero and row groups of 2,048 cells of
-    1,300 genes a window is 45 MB.
+    Memory is bounded, whatever the corpus: the window that is served, in room that every window uses in turn, and the
+    next one, which is read meanwhile. At 3 bytes a nonzero and row groups of 2,048 cells of 1,300 genes a window is
+    45 MB.
 
     Parameters
     ----------
