@@ -52,6 +52,7 @@ def open_census(census: Census, path: Path | None, buffer_mb: int | None = None)
         "soma.init_buffer_bytes": buffer,
         "py.init_buffer_bytes": buffer,
         "sm.mem.total_budget": max(TILE_BUDGET, 8 * buffer),
+        # or else each query that ends gives all free memory back, to be taken anew by the next one
         "sm.mem.malloc_trim": "false",
     }
     keep_freed_memory()

@@ -1,7 +1,8 @@
 """One block of planned cells: read their counts from the Census, check them, finish quality control, write them.
 
 A thread reads the Census one table ahead, while compiled loops (`cellmill.shards.kernels`) work on the last one. What
-is in memory is two tables and the cells of one read: it does not grow with the block.
+is in memory is two tables, the cells of one read and the metadata of `CELLS_PER_OBS_READ`: it does not grow with the
+block.
 
 Legend: B cells of one read, V_all genes of the Census, V genes in the vocabulary, G groups of fingerprints.
 """
