@@ -6,12 +6,16 @@ confidence first and takes them for known in the next step. Neither the paper no
 is, and the network has no output for it. Here a prediction is the more confident, the less the two outputs that were
 trained to name the same bin differ: the one from the gene's own state (gep) and the one from the cell's state (mvc).
 
+In training a cell prompt always stood beside known genes. Alone, it asks the network for what it did not practise, and
+little-trained models answer with much the same genes for every cell; what they know of a cell by its state is in the
+output that was trained on states alone (``output="mvc"``).
+
 Bins mean counts only beside a cell: `values_by_reference` takes the counts of a cell, `values_by_total` a depth.
 
 Legend: B cells, Q genes asked of a cell, D width, P perceived tokens, R genes still to be generated, E bins.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +61,7 @@ def generate(
     known: CellBatch | None = None,
     states_BD: np.ndarray | None = None,
     steps: int = 1,
+    output: Literal["gep", "mvc"] = "gep",
     batch_size: int = 64,
 ) -> Generated:
     """Generate genes of cells; deterministic, and of each cell the same whatever the others are.
@@ -75,6 +80,8 @@ def generate(
     steps
         In how many steps the genes are generated, about equally many in each. In one step no gene that is asked for
         influences another.
+    output
+        Which bins are taken: those of the genes' own states, or those that the cell's state alone says.
     batch_size
         Cells at a time.
 
@@ -83,8 +90,8 @@ def generate(
     CellmillError
         If there is no prompt, the prompts are not of B cells, or a gene is unknown, asked for twice or known already.
     """
-    genes_BQ = np.asarray(genes_BQ, dtype=np.int64)
-    _check(model, genes_BQ, known, states_BD, steps)
+    genes_BQ = np.ascontiguousarray(genes_BQ, dtype=np.int64)
+    _check(model, genes_BQ, known, states_BD, steps, output)
     if known is None:
         nothing = np.zeros(0, np.int64)
         known = CellBatch(
@@ -98,12 +105,12 @@ def generate(
             inputs = model.embed_inputs(known.slice(start, stop))
             inputs["asked"] = torch.from_numpy(genes_BQ[start:stop])
             prompt_BD = None if states_BD is None else torch.as_tensor(states_BD[start:stop]).float().to(device)
-            parts.append(_generate(model, to_device(inputs, device), prompt_BD, steps))
+            parts.append(_generate(model, to_device(inputs, device), prompt_BD, steps, output))
             progress.update(stop)
     return Generated(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
 
-def _generate(model: Scgpt, inputs: Inputs, prompt_BD: Tensor | None, steps: int) -> tuple[Tensor, Tensor]:
+def _generate(model: Scgpt, inputs: Inputs, prompt_BD: Tensor | None, steps: int, output: str) -> tuple[Tensor, Tensor]:
     """Bins [B, Q] and steps [B, Q] of one batch."""
     tokens_BP, values_BP, asked_BQ = inputs["tokens"], inputs["values"], inputs["asked"]
     n_asked = asked_BQ.shape[1]
@@ -115,7 +122,11 @@ def _generate(model: Scgpt, inputs: Inputs, prompt_BD: Tensor | None, steps: int
         n_now = n_asked * step // steps - n_asked * (step - 1) // steps
         order_BR = (predicted.gep_BG - predicted.mvc_BG).abs().argsort(dim=1, stable=True)
         now_BR, later_BR = order_BR[:, :n_now], order_BR[:, n_now:]
-        bins_BR = predicted.gep_BG.clamp(1, model.sizes.n_bins - 1).gather(1, now_BR)
+        bins_BR = (
+            (predicted.gep_BG if output == "gep" else predicted.mvc_BG)
+            .clamp(1, model.sizes.n_bins - 1)
+            .gather(1, now_BR)
+        )
         bins_BQ.scatter_(1, left_BR.gather(1, now_BR), bins_BR)
         step_BQ.scatter_(1, left_BR.gather(1, now_BR), step)
         tokens_BP = torch.cat([tokens_BP, asked_BR.gather(1, now_BR)], dim=1)
@@ -181,7 +192,12 @@ def _device(model: Scgpt) -> torch.device:
 
 
 def _check(
-    model: Scgpt, genes_BQ: np.ndarray, known: CellBatch | None, states_BD: np.ndarray | None, steps: int
+    model: Scgpt,
+    genes_BQ: np.ndarray,
+    known: CellBatch | None,
+    states_BD: np.ndarray | None,
+    steps: int,
+    output: str,
 ) -> None:
     """Refuse what cannot be asked."""
     if not isinstance(model, Scgpt):
@@ -192,6 +208,8 @@ def _check(
         raise CellmillError("there is no prompt; give known genes, the states of cells, or both")
     if steps < 1:
         raise CellmillError(f"steps is {steps}; generate in at least 1 step")
+    if output not in ("gep", "mvc"):
+        raise CellmillError(f"output is '{output}'; take gep or mvc")
     for what, number in (("gene prompts", known), ("cell prompts", states_BD)):
         if number is not None and len(number) != len(genes_BQ):
             raise CellmillError(

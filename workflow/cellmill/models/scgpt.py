@@ -259,7 +259,7 @@ class Scgpt(CellModel):
         edges_BE *= (1e4 / np.maximum(cells.totals, 1))[:, None]
         return {
             **self.embed_inputs(cells),
-            "asked": torch.from_numpy(np.asarray(genes_BQ, dtype=np.int64)),
+            "asked": torch.from_numpy(np.ascontiguousarray(genes_BQ, dtype=np.int64)),
             "edges": torch.from_numpy(np.log1p(edges_BE).astype(np.float32)),
         }
 
