@@ -18,6 +18,13 @@ TRAINING = Training(steps=12, batch_size=8, warmup_steps=3, validate_every=5, va
 SIZES = {"n_layers": 1, "width": 16, "n_heads": 2, "hidden": 16, "max_length": 64, "dropout": 0.1}
 RECIPES = {
     "geneformer": ModelRecipe(architecture="geneformer", sizes=SIZES, training=TRAINING),
+    "scfoundation": ModelRecipe(
+        architecture="scfoundation",
+        sizes=SIZES
+        | {"hidden": 32, "n_bins": 8, "decoder_layers": 1, "decoder_width": 8, "decoder_heads": 1}
+        | {"decoder_hidden": 16, "redraw_every": 4},
+        training=TRAINING,
+    ),
     "scgpt": ModelRecipe(architecture="scgpt", sizes=SIZES | {"cell_prompt_after": 4}, training=TRAINING),
 }
 

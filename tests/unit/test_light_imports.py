@@ -11,7 +11,8 @@ FORBIDDEN = (
     *("pandas", "scanpy", "anndata", "tiledbsoma", "cellxgene_census", "snakemake", "pydantic", "yaml", "sklearn"),
     *("scipy", "altair"),
 )
-ROOMS = ("randomness", "shards", "views", "models", "pretrain", "embed", "checkpoints", "recipes")
+ROOMS = ("randomness", "shards", "views", "models", "pretrain", "embed", "checkpoints", "recipes", "gene_map")
+ROOMS += ("evaluate_loss", "yardstick", "released", "abilities")
 CORPUS_PHASE = {"cellmill.shards.curate", "cellmill.shards.assemble"}
 """Run before there is a shard, where the Census and the typed config are at hand."""
 

@@ -196,10 +196,47 @@ def prompt(
     print(f"{out}: {write_tables(tables(), out)} cells, {len(ids)} genes")
 
 
+def perturb(
+    checkpoint: Checkpoint,
+    shards: CellShards,
+    out: Out,
+    kind: Annotated[str, typer.Option(help="delete, overexpress, activate or inhibit.")] = "delete",
+    gene: AskedGenes = (),
+    random: Annotated[int, typer.Option(help="Random genes of each cell to compare with; 0 gives no statistics.")] = 50,
+    cells: Annotated[int, typer.Option(help="Take so many cells at most.")] = 100,
+    seed: Annotated[int, typer.Option(help="Decides the random genes.")] = 0,
+    split: Split = "all",
+    vocabulary: VocabularyFile = None,
+):
+    """Let Geneformer say how far a perturbed gene moves the cells.
+
+    Writes one row per gene (mean shifts, p and q against random genes), and beside it, with .cells in its name, one row
+    per cell and gene. Without --gene, all genes of every cell are perturbed.
+    """
+    from cellmill.abilities import perturbation
+
+    opened = Opened(checkpoint, shards, split, vocabulary)
+    ids = opened.gene_ids(list(gene)) if gene else None
+    parts, left = [], cells
+    for chunk in opened.cells():
+        taken = chunk.slice(0, min(left, len(chunk)))
+        left -= len(taken)
+        options = {"n_random": random, "seed": seed, "feature_ids": opened.genes}
+        parts.append(perturbation.perturb(opened.model, taken, kind, ids, **options))
+        if not left:
+            break
+    table = pa.concat_tables(parts)
+    every = out.with_suffix(f".cells{out.suffix}")
+    perturbation.write(every, table)
+    if random:
+        perturbation.write(out, perturbation.summarise(table))
+    print(f"{out if random else every}: {kind} of genes in {cells - left} cells, {len(table)} perturbations")
+
+
 def _wide(cells: CellBatch, opened: Opened, ids: np.ndarray, values_BG: np.ndarray) -> pa.Table:
     """soma_joinid, and a column for each gene."""
     columns = {opened.genes[gene]: values_BG[:, place] for place, gene in enumerate(ids)}
     return pa.table({"soma_joinid": cells.joinids, **columns})
 
 
-COMMANDS = (annotate, generate, enhance, prompt)
+COMMANDS = (annotate, generate, enhance, prompt, perturb)

@@ -148,6 +148,8 @@ def generate(
 @contextmanager
 def _speaking(model: Scmulan) -> Iterator[torch.device]:
     """The model in evaluation mode, without gradients; its device."""
+    if not isinstance(model, Scmulan):
+        raise CellmillError(f"a {type(model).__name__} says no words; give a model of the architecture scmulan")
     was_training = model.training
     model.eval()
     try:

@@ -18,7 +18,7 @@ from cellmill.files import atomic
 from cellmill.models.base import GeneStatistics
 from cellmill.shards.dataset import Shards
 
-FORMAT, VERSION = "cellmill-statistics", 1
+FORMAT, VERSION = "cellmill-statistics", 2
 
 LOG_LOW, LOG_HIGH, BIN_WIDTH = np.log(1e-4), np.log(1e4), 0.01
 """Bins of ln(CP10k). CP10k is at most 1e4, and at least 1e-4 in cells of up to 1e8 counts."""
@@ -158,4 +158,4 @@ def load_statistics(path: str | Path, vocabulary_hash: str | None = None) -> Gen
             f"{path} is of the vocabulary {header['vocabulary_hash']}, but {vocabulary_hash} is expected;"
             " delete it and run again"
         )
-    return GeneStatistics(**tensors, categories=header.get("categories", {}))
+    return GeneStatistics(**tensors, categories=header["categories"])
