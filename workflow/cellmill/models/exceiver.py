@@ -119,7 +119,7 @@ class Exceiver(CellModel):
 
     Sizes = Sizes
     presets: ClassVar[dict[str, Sizes]] = {
-        "demo": Sizes(width=32, n_latents=16, n_layers=2, n_heads=2, hidden=64),
+        "demo": Sizes(width=16, n_latents=16, n_layers=2, n_heads=2, hidden=32),
         "tiny": Sizes(width=128, n_latents=64, n_layers=4, n_heads=4, hidden=512),
         "small": Sizes(width=320, n_latents=64, n_layers=7, n_heads=5, hidden=1280),
         "base": Sizes(width=576, n_latents=64, n_layers=12, n_heads=9, hidden=2304),
