@@ -226,7 +226,14 @@ class Config(Section):
     """Source of all cells."""
     corpus: Corpus = Corpus()
     """Cells to pretrain on."""
-    models: Annotated[list[str], EachOnce] = ["geneformer-demo", "scgpt-demo"]
+    models: Annotated[list[str], EachOnce] = [
+        "geneformer-demo",
+        "scgpt-demo",
+        "scfoundation-demo",
+        "exceiver-demo",
+        "scmulan-demo",
+        "bag-demo",
+    ]
     """Names of config/models/NAME.yaml, or paths of YAML files."""
     datasets: dict[Name, Dataset] = {}
     """Benchmark data sets by name."""
