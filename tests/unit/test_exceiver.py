@@ -97,6 +97,25 @@ def test_hidden_genes_by_hand():
     assert torch.equal(inputs["targets"][0], whole[inputs["asked"][0]])
 
 
+def test_genes_of_few_cells_are_not_read():
+    rest = torch.ones(3)
+    statistics = GeneStatistics(
+        nonzero_cells=torch.tensor([60, 59, 100]),
+        median_nonzero_cp10k=rest,
+        mean_log1p_cp10k=torch.tensor([1.0, 0.5, 2.0]),
+        std_log1p_cp10k=rest,
+        median_genes=torch.tensor(14.0),
+    )
+    sizes = Sizes(width=4, n_latents=2, n_layers=1, n_heads=2, hidden=8, min_cells=60)
+    model = Exceiver(sizes, 3, statistics).eval()
+    cells = make_batch([{0: 3, 1: 5, 2: 1}])
+    assert model.embed_inputs(cells)["genes"].tolist() == [[0, 2]]
+    with torch.inference_mode():
+        asked = model.impute(model.impute_inputs(make_batch([{0: 3}]), np.array([[1, 2]])))
+    assert float(asked.values_BQ[0, 0]) == 0.5  # its mean
+    assert float(asked.values_BQ[0, 1]) != 2.0
+
+
 @pytest.mark.parametrize("mask_mode", MODES)
 def test_the_encoder_by_the_formula(mask_mode):
     """Each latent's attention over keys, one at a time and head by head; undetected genes as the mode says."""

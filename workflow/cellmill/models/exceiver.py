@@ -49,6 +49,13 @@ class Sizes:
     n_layers: int = field(metadata={"description": "Self-attention layers of the latents.", "ge": 1})
     n_heads: int = field(metadata={"description": "Attention heads; divides width.", "ge": 1})
     hidden: int = field(metadata={"description": "Width of a layer's feed-forward network.", "ge": 1})
+    min_cells: int = field(
+        default=1,
+        metadata={
+            "description": "A gene that fewer training cells express is not read: its z is near the clip.",
+            "ge": 1,
+        },
+    )
     mask_mode: Literal["paper", "released"] = field(
         default="paper",
         metadata={"description": "paper: undetected genes are not read; released: they are, one added to the logit."},
@@ -154,7 +161,8 @@ class Exceiver(CellModel):
         """
         median = float(statistics.median_genes)
         self.mean.copy_(statistics.mean_log1p_cp10k)
-        self.std.copy_(statistics.std_log1p_cp10k)
+        rare_V = statistics.nonzero_cells < self.sizes.min_cells
+        self.std.copy_(statistics.std_log1p_cp10k.masked_fill(rare_V, torch.nan))  # the view leaves them out
         self.n_hidden.fill_(0 if np.isnan(median) else views.hidden_genes(median))
         self._of_views = None
 
@@ -288,12 +296,13 @@ class Exceiver(CellModel):
         """The head's answer, standardised back, at least 0; it is the detection, too.
 
         The objective asks for detected genes alone, so z says how high a gene would be: highest for rare ones. The
-        value itself, which holds the gene's mean, says which genes a cell likely expresses.
+        value itself, which holds the gene's mean, says which genes a cell likely expresses. Of genes that are not read
+        the answer is their mean.
         """
         asked_BQ = inputs["asked"]
         z_BQ = self._predict(inputs) - views.SHIFT
         std_V = torch.where(self.std == 0, 1.0, self.std)
-        value_BQ = torch.nan_to_num(z_BQ * std_V[asked_BQ] + self.mean[asked_BQ], nan=0.0)
+        value_BQ = torch.nan_to_num(torch.nan_to_num(z_BQ * std_V[asked_BQ]) + self.mean[asked_BQ])
         return Imputed(value_BQ.clamp(min=0), value_BQ)
 
     def fit_trivial(self, batches: Iterable[CellBatch]) -> Tensor:

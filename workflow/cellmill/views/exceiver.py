@@ -54,8 +54,8 @@ def embed(cells: CellBatch, mean_V: np.ndarray, std_V: np.ndarray) -> Standardis
     cells
         B cells.
     mean_V, std_V
-        float32 [V], of log1p(CP10k) over all training cells, with zeros. A gene whose mean is NaN, which no training
-        cell expresses, is left out; a standard deviation of 0 counts as 1.
+        float32 [V], of log1p(CP10k) over all training cells, with zeros. A gene with NaN, which no training cell
+        expresses or too few, is left out; a standard deviation of 0 counts as 1.
     """
     values_N, genes_N = log1p_cp10k(cells), cells.genes.astype(np.int64)
     values_N -= mean_V[genes_N]
