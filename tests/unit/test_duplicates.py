@@ -273,6 +273,29 @@ def test_the_very_same_cell_is_a_leak_however_shallow(table, tmp_path):
     assert audit_leaks({"corpus": corpus[1:]}, {"b": target}, action="drop", out=tmp_path / "l.parquet") == 0
 
 
+def test_a_copy_of_a_leaked_cell_has_leaked(table, tmp_path):
+    """Of one cell the corpus holds three copies, two of them too shallow to be compared with the benchmark."""
+    rows = table.slice(1482, 3)
+    target = write(tmp_path / "b", rows)
+    corpus = write(tmp_path / "c", changed(rows, joinids=np.array([1, 2, 3]), dataset=["mine"] * 3))
+    found = {
+        "soma_joinid": [11, 12, 21],
+        "kept_joinid": [1, 1, 20],
+        "groups_equal": [1] * 3,
+        "groups_compared": [1] * 3,
+    }
+    names = {"dataset_id": ["other", "third", "other"], "kept_dataset_id": ["mine", "mine", "other"]}
+    columns = [pa.array((found | names)[field.name]).cast(field.type) for field in DUPLICATES_SCHEMA]
+    pq.write_table(pa.table(columns, schema=DUPLICATES_SCHEMA), tmp_path / "d.parquet")
+    out = tmp_path / "leaks.parquet"
+    copies = {"corpus": tmp_path / "d.parquet"}
+    assert audit_leaks({"corpus": corpus}, {"b": target}, action="drop", out=out, copies=copies) == 5
+    leaks = pq.read_table(out).to_pandas().set_index("soma_joinid")
+    assert sorted(leaks.index) == [1, 2, 3, 11, 12]
+    assert leaks.loc[11, "dataset_id"] == "other"
+    assert leaks.loc[12, "benchmark_joinid"] == leaks.loc[1, "benchmark_joinid"]
+
+
 def test_one_row_for_each_benchmark_that_has_a_cell(table, tmp_path):
     rows = table.slice(1482, 6)
     twice = changed(rows, joinids=np.arange(6) + 300, dataset=["a study"] * 6)

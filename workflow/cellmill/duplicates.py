@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -119,7 +120,12 @@ def find_duplicates(prints: list[Path], *, out: Path) -> int:
 
 
 def audit_leaks(
-    corpus_prints: dict[str, list[Path]], benchmark_prints: dict[str, list[Path]], *, action: str, out: Path
+    corpus_prints: dict[str, list[Path]],
+    benchmark_prints: dict[str, list[Path]],
+    *,
+    action: str,
+    out: Path,
+    copies: dict[str, Path] | None = None,
 ) -> int:
     """Find the cells of corpora that are cells of a benchmark: by profile, or as the very same cell of the Census.
 
@@ -139,6 +145,9 @@ def audit_leaks(
         Parquet with the columns of `LEAKS_SCHEMA`: a row for each corpus cell and benchmark that has it, naming the
         benchmark's first such cell. Where the action is "fail" and there are rows, they are written to
         ``{stem}_found.parquet`` beside it instead, since a workflow deletes the output of a job that failed.
+    copies
+        For each corpus what `find_duplicates` wrote: a copy of a leaked cell has leaked, too, also where it shares too
+        few measured genes with the benchmark to be compared with it.
 
     Returns
     -------
@@ -165,6 +174,8 @@ def audit_leaks(
                 progress.update(start + len(batch))
         compared[selection] = _described(counts)
     leaks = pa.concat_tables(tables)
+    for selection, path in (copies or {}).items():
+        leaks = pa.concat_tables([leaks, _leaked_copies(leaks, selection, path)])
     leaks = leaks.sort_by([(name, "ascending") for name in ("selection", "dataset_id", "soma_joinid", "benchmark")])
     fails = action == "fail" and len(leaks) > 0
     with atomic(found if fails else out) as temporary:
@@ -173,6 +184,28 @@ def audit_leaks(
     if fails:
         raise CellmillError(_explain(leaks, found))
     return len(leaks)
+
+
+def _leaked_copies(leaks: pa.Table, selection: str, path: Path) -> pa.Table:
+    """Rows for the copies of a corpus's leaked cells that have none yet, each with what the leaked one is a copy of."""
+    found = pq.read_table(path, columns=["soma_joinid", "dataset_id", "kept_joinid", "kept_dataset_id"]).to_pandas()
+    kept = found[["kept_joinid", "kept_dataset_id"]].drop_duplicates("kept_joinid")
+    members = pd.DataFrame(
+        {
+            "cluster": np.concatenate([found["kept_joinid"], kept["kept_joinid"]]),
+            "soma_joinid": np.concatenate([found["soma_joinid"], kept["kept_joinid"]]),
+            "dataset_id": np.concatenate([found["dataset_id"].astype(str), kept["kept_dataset_id"].astype(str)]),
+        }
+    )
+    known = leaks.to_pandas()
+    known = known[known["selection"] == selection].merge(members[["cluster", "soma_joinid"]], on="soma_joinid")
+    known = known.drop_duplicates(["cluster", "benchmark"]).drop(
+        columns=["soma_joinid", "dataset_id", "observation_joinid"]
+    )
+    rows = members.merge(known, on="cluster").assign(observation_joinid=None)
+    listed = set(zip(leaks["soma_joinid"].to_pylist(), leaks["benchmark"].to_pylist(), strict=True))
+    new = [pair not in listed for pair in zip(rows["soma_joinid"], rows["benchmark"], strict=True)]
+    return pa.Table.from_pandas(rows.loc[new, LEAKS_SCHEMA.names], schema=LEAKS_SCHEMA, preserve_index=False)
 
 
 class _Targets:

@@ -77,6 +77,7 @@ rule audit_leaks:
     input:
         corpus=flow.corpus_prints,
         benchmarks=flow.benchmark_prints,
+        duplicates="results/{run}/selections/{corpus}/duplicates.parquet",
     output:
         "results/{run}/selections/{corpus}/leaks.parquet",
     log:

@@ -11,4 +11,5 @@ with job(snakemake.log[0]):
         dict(zip(snakemake.params.benchmarks, [[Path(p)] for p in snakemake.input.benchmarks], strict=True)),
         action=snakemake.params.action,
         out=Path(snakemake.output[0]),
+        copies={snakemake.wildcards.corpus: Path(snakemake.input.duplicates)},
     )
