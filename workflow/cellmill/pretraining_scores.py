@@ -19,7 +19,7 @@ EVALUATION_SEED = 0
 """Every seed of a model is asked at the same positions, so that intervals over seeds are of training alone."""
 EVALUATED_CELLS = 8192
 """At most so many held-out cells are asked, evenly spread."""
-FEW_CELLS = 384
+FEW_CELLS = 252
 """Fewer held-out cells than this are asked several times, with other positions hidden each time."""
 MAX_DRAWS = 8
 
