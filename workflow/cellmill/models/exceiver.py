@@ -47,8 +47,11 @@ class Sizes:
     width: int = field(metadata={"description": "Width of genes and latents.", "ge": 1})
     n_latents: int = field(metadata={"description": "Latents that a cell is read into.", "ge": 1})
     n_layers: int = field(metadata={"description": "Self-attention layers of the latents.", "ge": 1})
-    n_heads: int = field(metadata={"description": "Attention heads; divides width.", "ge": 1})
+    n_heads: int = field(metadata={"description": "Heads of the self-attention layers; divides width.", "ge": 1})
     hidden: int = field(metadata={"description": "Width of a layer's feed-forward network.", "ge": 1})
+    n_cross_heads: int = field(
+        default=4, metadata={"description": "Heads of both cross-attentions; 4 in the released code.", "ge": 1}
+    )
     min_cells: int = field(
         default=1,
         metadata={
@@ -65,8 +68,9 @@ class Sizes:
     )
 
     def __post_init__(self):
-        if self.width % self.n_heads:
-            raise CellmillError(f"exceiver: width {self.width} is no multiple of n_heads {self.n_heads}; change one")
+        for name, number in (("n_heads", self.n_heads), ("n_cross_heads", self.n_cross_heads)):
+            if self.width % number:
+                raise CellmillError(f"exceiver: width {self.width} is no multiple of {name} {number}; change one")
 
 
 class CrossAttention(nn.Module):
@@ -76,7 +80,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.keys_norm = nn.LayerNorm(sizes.width)
         self.queries_norm = nn.LayerNorm(sizes.width)
-        self.attention = MultiHeadAttention(sizes.width, sizes.n_heads)
+        self.attention = MultiHeadAttention(sizes.width, sizes.n_cross_heads)
         self.mlp = nn.Sequential(
             nn.LayerNorm(sizes.width),
             nn.Linear(sizes.width, sizes.width),
@@ -174,6 +178,11 @@ class Exceiver(CellModel):
                 raise CellmillError(
                     "this exceiver has no mean and standard deviation of genes; build it with the corpus statistics, "
                     "load a checkpoint or call set_statistics"
+                )
+            if np.isnan(std_V).all():
+                raise CellmillError(
+                    f"this exceiver reads no gene: none is expressed by min_cells {self.sizes.min_cells} training "
+                    "cells; lower min_cells"
                 )
             self._of_views = mean_V, std_V, int(self.n_hidden)
         return self._of_views
