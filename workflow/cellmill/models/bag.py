@@ -142,7 +142,9 @@ class Bag(CellModel):
         return x_RD
 
     def _logits(self, z_RZ: Tensor) -> Tensor:
-        return F.linear(z_RZ, self.output_embedding.weight, self.output_bias).float()
+        """float32 [R, V]; never in bfloat16, which would round the biases of rare genes, near -7, to 1/32."""
+        with torch.autocast(z_RZ.device.type, enabled=False):
+            return F.linear(z_RZ.float(), self.output_embedding.weight, self.output_bias)
 
     def forward(self, inputs: Inputs, *, step: int | None = None) -> Losses:
         """`multinomial`: nats per count of the whole cell, each view alike; in training `contrast`, weighted."""
@@ -151,7 +153,7 @@ class Bag(CellModel):
         n_cells = len(inputs["filled"])
         n_views = len(z_RZ) // max(n_cells, 1)
         norm = (logits_RV.logsumexp(1).view(n_views, n_cells) * inputs["filled"]).sum()
-        picked = (logits_RV.view(n_views, -1).index_select(1, inputs["targets"]) * inputs["shares"]).sum()
+        picked = (logits_RV.view(n_views, n_cells * self.n_genes).index_select(1, inputs["targets"]) * inputs["shares"]).sum()
         terms = {"multinomial": LossTerm(norm - picked, n_views * inputs["filled"].sum())}
         if n_views == 2 and self.sizes.contrast_weight > 0:
             terms["contrast"] = self._contrast(z_RZ.float())

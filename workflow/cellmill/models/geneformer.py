@@ -257,7 +257,7 @@ class Geneformer(CellModel):
             logits_MT = self.name(some_MD)
             tokens_MQ = genes_BQ[place_M // n_masks] + self.n_specials
             log_p_KQ[place_M] = logits_MT.gather(1, tokens_MQ) - logits_MT.logsumexp(1, keepdim=True)
-        score_BKQ = log_p_KQ.view(*log_ranks_BK.shape, -1) + log_ranks_BK[:, :, None]
+        score_BKQ = log_p_KQ.view(*log_ranks_BK.shape, genes_BQ.shape[1]) + log_ranks_BK[:, :, None]
 
         median_B1Q = self.medians[genes_BQ].nan_to_num(0)[:, None]  # no training cell expresses it: 0 is likely
         values_BKQ = torch.log1p(inputs["log_values"].exp()[:, :, None] * median_B1Q)
