@@ -43,14 +43,16 @@ class Generated(NamedTuple):
 
 def cell_states(model: Scgpt, cells: CellBatch, batch_size: int = 64) -> np.ndarray:
     """Cell prompts: the last state of <cls> of each cell, float32 [B, D], of its own length as in training."""
-    parts = []
+    parts, was_training = [], model.training
+    model.eval()
     with torch.inference_mode(), Progress("cell states", len(cells)) as progress:
         for start in range(0, len(cells), batch_size):
             batch = cells.slice(start, min(start + batch_size, len(cells)))
             inputs = to_device(model.embed_inputs(batch), _device(model))
-            h_BPD = model.eval().states(inputs, only_cls=True)
+            h_BPD = model.states(inputs, only_cls=True)
             parts.append(h_BPD[:, 0].float().cpu().numpy())
             progress.update(start + len(batch))
+    model.train(was_training)
     return np.concatenate(parts)
 
 
@@ -69,7 +71,7 @@ def generate(
     Parameters
     ----------
     model
-        Put into evaluation mode; used on the device where it is.
+        Asked in evaluation mode, on the device where it is.
     genes_BQ
         int64 [B, Q], vocabulary ids that are asked for; different ones in each row, none of them known.
     known
@@ -97,7 +99,7 @@ def generate(
         known = CellBatch(
             np.arange(len(genes_BQ)), np.zeros(len(genes_BQ) + 1, np.int64), nothing, nothing, np.ones(len(genes_BQ))
         )
-    device, parts = _device(model), []
+    device, parts, was_training = _device(model), [], model.training
     model.eval()
     with torch.inference_mode(), Progress("generation", len(genes_BQ)) as progress:
         for start in range(0, len(genes_BQ), batch_size):
@@ -107,6 +109,7 @@ def generate(
             prompt_BD = None if states_BD is None else torch.as_tensor(states_BD[start:stop]).float().to(device)
             parts.append(_generate(model, to_device(inputs, device), prompt_BD, steps, output))
             progress.update(stop)
+    model.train(was_training)
     return Generated(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
 
