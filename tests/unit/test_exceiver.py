@@ -65,9 +65,10 @@ def test_sizes_on_one_dial(preset, millions):
     assert counts["without_embeddings"] == pytest.approx(millions * 1e6, rel=0.1)
 
 
-def test_heads_divide_the_width():
-    with pytest.raises(CellmillError, match="width 16 is no multiple of n_heads 3"):
-        replace(TINY, n_heads=3)
+@pytest.mark.parametrize("name", ["n_heads", "n_cross_heads"])
+def test_heads_divide_the_width(name):
+    with pytest.raises(CellmillError, match=f"width 16 is no multiple of {name} 3"):
+        replace(TINY, **{name: 3})
 
 
 def test_keys_by_hand():
@@ -109,6 +110,8 @@ def test_genes_of_few_cells_are_not_read():
     sizes = Sizes(width=4, n_latents=2, n_layers=1, n_heads=2, hidden=8, min_cells=60)
     model = Exceiver(sizes, 3, statistics).eval()
     cells = make_batch([{0: 3, 1: 5, 2: 1}])
+    with pytest.raises(CellmillError, match="reads no gene: none is expressed by min_cells 101 training cells"):
+        Exceiver(replace(sizes, min_cells=101), 3, statistics).embed_inputs(cells)
     assert model.embed_inputs(cells)["genes"].tolist() == [[0, 2]]
     with torch.inference_mode():
         asked = model.impute(model.impute_inputs(make_batch([{0: 3}]), np.array([[1, 2]])))
@@ -127,7 +130,7 @@ def test_the_encoder_by_the_formula(mask_mode):
         if mask_mode == "released":
             zeros = {1: max(-1000.0, (0 - 2) / 0.1 + 1), 3: 1.0, 4: 1.0}
             keys += [(torch.tensor(gene), value, 1.0) for gene, value in zeros.items()]
-        block, (heads, kept) = model.encoder, (2, 8)
+        block, (heads, kept) = model.encoder, (4, 4)  # twice as many heads as the layers of the latents
         x = block.keys_norm(torch.stack([value * model.gene_embedding.weight[gene] for gene, value, _ in keys]))
         added = torch.tensor([added for _, _, added in keys])
         weight, bias = block.attention.qkv.weight.chunk(3), block.attention.qkv.bias.chunk(3)
@@ -266,4 +269,4 @@ def test_learns_below_the_trivial_baseline(blood, statistics):
     baseline = total_loss(
         model.trivial_losses(model.pretrain_inputs(cells, seed=0, step=None), model.fit_trivial([blood]))
     )
-    assert train(model, cells, steps=60, learning_rate=1e-2) < 0.95 * baseline.item()
+    assert train(model, cells, steps=120, learning_rate=1e-2) < 0.75 * baseline.item()
