@@ -64,8 +64,22 @@ def test_all_molecules_are_kept_at_a_share_of_one(blood):
     assert np.array_equal(views.thin(cells, np.ones(20), hash_genes(cells, "test")), cells.counts)
 
 
+def test_the_share_is_log_uniform():
+    """Of genes with one molecule as many are left as the share says: its logarithm is uniform from log 0.1 to 0."""
+    n, genes = 2000, 800
+    ones = np.ones(n * genes, np.int64)
+    cells = CellBatch(np.arange(n), genes * np.arange(n + 1), np.tile(np.arange(genes), n), ones, np.full(n, genes))
+    out = views.pretrain(cells, min_share=0.1, max_hidden=0.0, view=1, seed=0, step=5)
+    log_share = np.log10(np.diff(out.genes.offsets) / genes)
+    np.testing.assert_allclose(
+        np.quantile(log_share, [0.1, 0.25, 0.5, 0.75, 0.9]), [-0.9, -0.75, -0.5, -0.25, -0.1], atol=0.04
+    )
+    none = views.pretrain(cells.slice(0, 200), min_share=1.0, max_hidden=0.0, view=1, seed=0, step=5)
+    assert len(none.weights) == 200 * genes
+
+
 def test_rates_over_ten_thousand_cells():
-    """Of 500 molecules each gene keeps its cell's share, log-uniform from 0.1 to 1; half of max_hidden are hidden."""
+    """Of 500 molecules each gene keeps its cell's share; half of max_hidden are hidden."""
     n, genes = 10_000, 8
     counts = np.full(n * genes, 500)
     cells = CellBatch(
@@ -121,6 +135,25 @@ def test_the_multinomial_term_by_hand(model):
     assert list(terms) == ["multinomial"]
     assert terms["multinomial"].count == 2
     torch.testing.assert_close(terms["multinomial"].sum, expected, rtol=1e-5, atol=0)
+
+
+def test_counts_are_predicted_in_float32(model, blood):
+    with torch.inference_mode():
+        z = model.bottleneck(model.trunk(model.embed_inputs(blood.take([0, 1]))))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model._logits(z)
+            from_bfloat16 = model._logits(z.bfloat16())
+        weight, bias = model.output_embedding.weight, model.output_bias
+        torch.testing.assert_close(logits, z @ weight.T + bias, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(from_bfloat16, z.bfloat16().float() @ weight.T + bias, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("step", [None, 0])
+def test_no_cells(model, step):
+    cells, asked = make_batch([]), np.zeros((0, 3), np.int64)
+    assert total_loss(model(model.pretrain_inputs(cells, seed=0, step=step), step=step)) == 0
+    assert model.embed_cells(model.embed_inputs(cells)).shape == (0, 16)
+    assert model.impute(model.impute_inputs(cells, asked)).values_BQ.shape == (0, 3)
 
 
 def test_the_contrast_by_hand(model, blood):

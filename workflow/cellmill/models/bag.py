@@ -153,7 +153,9 @@ class Bag(CellModel):
         n_cells = len(inputs["filled"])
         n_views = len(z_RZ) // max(n_cells, 1)
         norm = (logits_RV.logsumexp(1).view(n_views, n_cells) * inputs["filled"]).sum()
-        picked = (logits_RV.view(n_views, n_cells * self.n_genes).index_select(1, inputs["targets"]) * inputs["shares"]).sum()
+        picked = (
+            logits_RV.view(n_views, n_cells * self.n_genes).index_select(1, inputs["targets"]) * inputs["shares"]
+        ).sum()
         terms = {"multinomial": LossTerm(norm - picked, n_views * inputs["filled"].sum())}
         if n_views == 2 and self.sizes.contrast_weight > 0:
             terms["contrast"] = self._contrast(z_RZ.float())
