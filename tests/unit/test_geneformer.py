@@ -317,6 +317,11 @@ def test_imputation_of_a_cell_does_not_depend_on_the_others(model, blood):
                 torch.testing.assert_close(part[0], whole[row], atol=1e-5, rtol=1e-5)
 
 
+def test_imputation_of_no_cells(model):
+    imputed = model.impute(model.impute_inputs(make_batch([]), np.zeros((0, 3), np.int64)))
+    assert imputed.values_BQ.shape == imputed.detection_BQ.shape == (0, 3)
+
+
 def test_imputation_learns(blood):
     """Trained on some cells, it knows hidden genes of others from zeros, better than untrained."""
     n_genes = 1000

@@ -152,6 +152,39 @@ def test_steps(untrained, pancreas):
     assert (more_steps_than_genes.step_BQ > 0).all()
 
 
+def test_generated_bins_are_perceived_as_whole_numbers(model, pancreas):
+    """The second step sees the first one's genes with the whole bins that training shows, not with fractions."""
+    cells = held_out(pancreas, "beta")
+    asked, states = all_genes(N_TEST)[:, :60], cell_states(model, cells)
+    out = generate(model, asked, states_BD=states, steps=2)
+    first = np.argsort(out.step_BQ, axis=1, kind="stable")[:, :30]
+    later = np.argsort(out.step_BQ, axis=1, kind="stable")[:, 30:]
+    bins = np.take_along_axis(out.bins_BQ, first, 1)
+    assert np.mean(bins != np.round(bins)) > 0.5
+    cls = torch.full((N_TEST, 1), model.cls)
+    tokens = torch.cat([cls, torch.from_numpy(np.take_along_axis(asked, first, 1))], dim=1)
+
+    def seen(perceived: np.ndarray) -> np.ndarray:
+        values = torch.cat([torch.full((N_TEST, 1), scgpt.PAD_VALUE), torch.from_numpy(perceived)], dim=1)
+        inputs = {"tokens": tokens, "values": values, "asked": torch.from_numpy(np.take_along_axis(asked, later, 1))}
+        with torch.no_grad():
+            return model.predict(inputs, torch.from_numpy(states)).gep_BG.clamp(1, model.sizes.n_bins - 1).numpy()
+
+    second = np.take_along_axis(out.bins_BQ, later, 1)
+    np.testing.assert_allclose(second, seen(np.round(bins)), atol=1e-3)
+    assert np.abs(second - seen(bins)).max() > 0.01
+
+
+def test_the_model_stays_in_its_mode(untrained):
+    cells = make_batch([{3: 1, 4: 2}])
+    for training in (True, False):
+        untrained.train(training)
+        states = cell_states(untrained, cells)
+        assert all(module.training == training for module in untrained.modules())
+        generate(untrained, np.array([[1, 2]]), states_BD=states)
+        assert all(module.training == training for module in untrained.modules())
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_batches_chunks_and_company_change_nothing(model, pancreas, steps, monkeypatch):
     cells = held_out(pancreas, "acinar")
