@@ -2,21 +2,24 @@
 
 import gzip
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cellmill.checkpoints import load_checkpoint
 from cellmill.errors import CellmillError
+from cellmill.files import sha256
 from cellmill.models.scfoundation import Scfoundation
-from cellmill.released import read_released, write_released
+from cellmill.released import import_released, read_released, write_released
 from cellmill.shards.batch import CellBatch
 from model_cells import make_batch
 
 N_GENES = 30
 SYMBOLS = [f"GENE{i}" for i in range(N_GENES)]
-WIDTH, HIDDEN, BINS, DECODER_WIDTH, DECODER_HIDDEN, HEAD, FEATURES = 16, 48, 11, 12, 20, 6, 10
+WIDTH, HIDDEN, BINS, DECODER_WIDTH, DECODER_HIDDEN, HEAD, FEATURES = 16, 64, 11, 12, 48, 6, 10
 
 
 def published_tensors(n_layers: int = 2, decoder_layers: int = 3, n_genes: int = N_GENES) -> dict[str, torch.Tensor]:
@@ -63,7 +66,7 @@ def published_config(**changes) -> dict:
     encoder = {"hidden_dim": WIDTH, "depth": 2, "heads": 2, "dim_head": 8, "module_type": "transformer"}
     decoder = {"hidden_dim": DECODER_WIDTH, "depth": 3, "heads": 2, "dim_head": HEAD, "module_type": "performer"}
     settings = {"encoder": encoder, "decoder": decoder, "n_class": 104, "bin_num": BINS, "bin_alpha": 1.0}
-    settings |= {"pad_token_id": 103, "mask_token_id": 102, "seq_len": N_GENES + 2}
+    settings |= {"pad_token_id": 103, "mask_token_id": 102, "seq_len": N_GENES + 2, "model": "mae_autobin"}
     dataset = {"rnaseq": {"value_mask_prob": 0.3}}
     return {"model": "mae_autobin", "model_config": {"mae_autobin": settings | changes}, "dataset_config": dataset}
 
@@ -134,9 +137,13 @@ def test_written_again_the_tensors_are_those_of_the_file(tmp_path):
     assert len({(folder / f"OS_scRNA_gene_index.{N_GENES}.tsv").read_text() for folder in lists}) == 1
 
 
+EXPORTABLE = replace(Scfoundation.presets["demo"], hidden=128, decoder_hidden=64, n_features=0, max_length=N_GENES + 2)
+"""Sizes that the released code can be told."""
+
+
 def test_a_model_of_ours_comes_back(tmp_path, cells):
     torch.manual_seed(0)
-    sizes = replace(Scfoundation.presets["demo"], max_length=4, dropout=0.0, redraw_every=7, bin_alpha=0.5)
+    sizes = replace(EXPORTABLE, max_length=40, dropout=0.0, redraw_every=7, bin_alpha=0.5, embedding_depth=4.0)
     model = Scfoundation(sizes, N_GENES).train()
     model(model.pretrain_inputs(cells, seed=0, step=9), step=9)
     model.eval()
@@ -150,6 +157,78 @@ def test_a_model_of_ours_comes_back(tmp_path, cells):
         for asked in ("embed_cells", "gene_states"):
             ours, theirs = (getattr(m, asked)(m.embed_inputs(cells)) for m in (model, again))
             torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ({"hidden": 96}, "hidden is 96, not 128"),
+        ({"decoder_hidden": 32}, "decoder_hidden is 32, not 64"),
+        ({"n_features": 16}, "n_features is 16, not 44"),
+        ({"max_length": 20}, "max_length is 20, not 32"),
+    ],
+)
+def test_sizes_that_the_released_code_cannot_be_told_are_not_written(tmp_path, size, said):
+    model = Scfoundation(replace(EXPORTABLE, **size), N_GENES)
+    with pytest.raises(CellmillError, match=f"own code cannot run this model as it was trained: {said}; train"):
+        write_released("scfoundation", model, {"feature_ids": SYMBOLS}, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_released_script_finds_its_settings(tmp_path):
+    """What it keeps of the config: the settings of the named model, with those of the data put in."""
+    write_released("scfoundation", Scfoundation(EXPORTABLE, N_GENES), {"feature_ids": SYMBOLS}, tmp_path)
+    config = torch.load(tmp_path / "models.ckpt", weights_only=True)["rde"]["config"]
+    kept = config["model_config"][config["model"]] | config["dataset_config"]["rnaseq"]
+    assert kept["model"] == "mae_autobin"
+    sizes = {"bin_num": 16, "bin_alpha": 1.0, "seq_len": N_GENES + 2, "pad_token_id": 103, "mask_token_id": 102}
+    assert {name: kept[name] for name in sizes} == sizes
+
+
+def test_settings_may_stand_with_the_data(tmp_path):
+    """In either place; where both have one, that of the data counts, as in the released code."""
+    torch.manual_seed(0)
+    tensors = published_tensors()
+    moved = published_config()
+    for name in ("bin_num", "bin_alpha"):
+        moved["dataset_config"]["rnaseq"][name] = moved["model_config"]["mae_autobin"].pop(name)
+    moved["dataset_config"]["rnaseq"]["bin_alpha"] = 0.25
+    both = published_config(bin_num=3, bin_alpha=0.75)
+    both["dataset_config"]["rnaseq"] |= {"bin_num": BINS, "bin_alpha": 0.25}
+    for number, config in enumerate((moved, both)):
+        read = read_released("scfoundation", save(tmp_path / str(number), cell=network(tensors, config)))
+        assert read.model.sizes.n_bins == BINS
+        assert read.model.value_embedding.alpha == 0.25
+    no_data = published_config(bin_alpha=0.75)
+    del no_data["dataset_config"]
+    read = read_released("scfoundation", save(tmp_path / "none", cell=network(tensors, no_data)))
+    assert read.model.value_embedding.alpha == 0.75
+
+
+def test_import_of_a_network_by_name(tmp_path):
+    torch.manual_seed(0)
+    networks = {name: published_tensors() for name in ("gene", "cell", "rde")}
+    path = save(tmp_path / "in", **{name: network(tensors) for name, tensors in networks.items()})
+    listed = tmp_path / "genes.tsv"
+    (tmp_path / "in" / f"OS_scRNA_gene_index.{N_GENES}.tsv").rename(listed)
+    assert import_released("theirs", "scfoundation", Path(f"{path}#rde"), listed, tmp_path / "out") == []
+    model, meta = load_checkpoint(tmp_path / "out")
+    assert torch.equal(model.gene_embedding.weight, networks["rde"]["pos_emb.weight"])
+    assert meta["released"]["files"] == {file.name: sha256(file) for file in (path, listed)}
+    import_released("theirs", "scfoundation", Path(f"{tmp_path / 'in'}#gene"), listed, tmp_path / "again")
+    model, meta = load_checkpoint(tmp_path / "again")
+    assert torch.equal(model.gene_embedding.weight, networks["gene"]["pos_emb.weight"])
+    assert meta["released"]["files"].keys() == {"models.ckpt", "genes.tsv"}
+
+
+def test_released_random_features_stay_in_training(tmp_path, cells):
+    model = read_released("scfoundation", save(tmp_path)).model
+    assert model.sizes.redraw_every == 0
+    before = [layer.projection.clone() for layer in model.decoder]
+    model.train()
+    for step in (0, 1000):
+        model(model.pretrain_inputs(cells, seed=0, step=step), step=step)
+    assert all(torch.equal(layer.projection, old) for layer, old in zip(model.decoder, before, strict=True))
 
 
 def test_the_encoder_is_torchs(tmp_path, cells):
@@ -278,6 +357,15 @@ def test_refusals(tmp_path):
     refuses(
         tmp_path, "without its keys or values", cell=changed(**{"decoder.performer.net.layers.1.0.fn.to_k.bias": None})
     )
+    first = "decoder.performer.net.layers.0.0.fn"
+    different = {f"{first}.to_q.weight": torch.zeros(DECODER_WIDTH - 1, DECODER_WIDTH)}
+    refuses(tmp_path, "its keys and values have different shapes", cell=changed(**different))
+    different[f"{first}.to_k.weight"] = torch.zeros(DECODER_WIDTH + 1, DECODER_WIDTH)  # together as long as expected
+    refuses(tmp_path, "its keys and values have different shapes", cell=changed(**different))
+    numbers = {f"{first}.to_{x}.bias": torch.tensor(1.0) for x in "qkv"}
+    refuses(tmp_path, "its keys and values have different shapes", cell=changed(**numbers))
+    for name in ("pos_emb.weight", f"{first}.fast_attention.projection_matrix"):
+        refuses(tmp_path, f"lacks the tensor {name}, or it is no table", cell=changed(**{name: torch.tensor(1.0)}))
     refuses(tmp_path, "lacks the tensor pos_emb.weight", cell=changed(**{"pos_emb.weight": None}))
     refuses(tmp_path, "token_emb.emb.weight is", cell=changed(**{"token_emb.emb.weight": torch.zeros(BINS + 1, WIDTH)}))
     refuses(
@@ -295,6 +383,21 @@ def test_refusals(tmp_path):
     heads = published_config()
     heads["model_config"]["mae_autobin"]["encoder"]["heads"] = 5
     refuses(tmp_path, "width 16 is no multiple of n_heads 5", cell=network(good, heads))
+    for part, name, size, message in (
+        ("encoder", "hidden_dim", 10**7, "does not fit its own description"),
+        ("encoder", "depth", 10**5, "lacks tensors of the 100,003 layers"),
+        ("decoder", "hidden_dim", 10**7, "does not fit its own description"),
+        ("decoder", "depth", 10**9, "lacks tensors of the 1,000,000,002 layers"),
+        ("encoder", "hidden_dim", 10**9, "its settings make no model"),
+        ("decoder", "hidden_dim", 10**30, "its settings make no model"),
+        ("encoder", "hidden_dim", "16", "must be a whole number"),
+    ):
+        claimed = published_config()
+        claimed["model_config"]["mae_autobin"][part][name] = size
+        started = time.monotonic()
+        refuses(tmp_path, message, cell=network(good, claimed))
+        assert time.monotonic() - started < 5
+    refuses(tmp_path, "does not fit its own desc", cell=network(good, published_config(bin_num=10**9)))
     path = save(tmp_path)
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(CellmillError, match="truncated, corrupt or of another format"):

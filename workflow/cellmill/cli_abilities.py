@@ -48,8 +48,9 @@ class Opened:
         known = Vocabulary.read(vocabulary) if vocabulary else None
         if known:
             self._map = GeneMap(known.feature_ids, known.feature_names, self.genes)
-            rows = zip(known.feature_names, self._map.gene_V.tolist(), strict=True)
-            self._place |= {name: gene for name, gene in rows if gene >= 0 and name not in self._place}
+            for name, gene in zip(known.feature_names, self._map.gene_V.tolist(), strict=True):
+                if gene >= 0:
+                    self._place.setdefault(name, gene)  # of two genes with one symbol the first, as the map
         self._shards = Shards(shards) if shards else None
         if self._shards and self._shards.vocabulary_hash == meta["vocabulary_hash"]:
             self._map = None
@@ -64,7 +65,7 @@ class Opened:
     def cells(self) -> Iterator[CellBatch]:
         """The cells, `CHUNK` at a time."""
         for cells in self._shards.batches(self._split, CHUNK):
-            yield self._map.apply(cells) if self._map else cells
+            yield self._map.apply(cells, self.model.released_totals) if self._map else cells
 
     def gene_ids(self, names: list[str]) -> np.ndarray:
         """int64, the model's ids of genes; all of them if none is named."""

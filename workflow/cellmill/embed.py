@@ -78,7 +78,7 @@ def embed_shards(
             order = np.argsort(-chunk.lengths, kind="stable")
             parts = []
             if gene_map:
-                chunk = gene_map.apply(chunk)
+                chunk = gene_map.apply(chunk, model.released_totals)
             for i in range(0, len(chunk), batch_size):
                 inputs = model.embed_inputs(chunk.take(order[i : i + batch_size]))
                 parts.append(model.embed_cells(to_device(inputs, device), pooling).float())

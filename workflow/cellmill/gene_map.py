@@ -3,11 +3,13 @@
 Legend: B cells, N nonzeros, V genes of the shards.
 """
 
+from typing import Literal
+
 import numpy as np
 
 from cellmill.errors import CellmillError
 from cellmill.shards.batch import CellBatch
-from cellmill.views.ragged import argsort_within, select
+from cellmill.views.ragged import argsort_within, select, sum_within
 
 MIN_SHARE = 0.05
 """Fewer common genes than this share of the model's are a mistake."""
@@ -54,14 +56,23 @@ class GeneMap:
             )
         self._sorted = bool((np.diff(self.gene_V[self.gene_V >= 0]) > 0).all())
 
-    def apply(self, cells: CellBatch) -> CellBatch:
-        """`cells` with the model's gene ids, ascending; genes that it does not have are left out, totals stay."""
+    def apply(self, cells: CellBatch, totals: Literal["all", "known"] = "all") -> CellBatch:
+        """`cells` with the model's gene ids, ascending; genes that it does not have are left out.
+
+        Parameters
+        ----------
+        cells
+            Of the vocabulary.
+        totals
+            ``all``: those of the cells, over all measured genes. ``known``: over the genes that the model has.
+        """
         known = select(cells, self.gene_V[cells.genes] >= 0)
         genes_N, counts_N = self.gene_V[known.genes], known.counts
         if not self._sorted:
             order_N = argsort_within(known.offsets, genes_N.astype(np.uint32))
             genes_N, counts_N = genes_N[order_N], counts_N[order_N]
-        return CellBatch(known.joinids, known.offsets, genes_N, counts_N, known.totals, known.codes)
+        totals_B = known.totals if totals == "all" else sum_within(known.offsets, counts_N)
+        return CellBatch(known.joinids, known.offsets, genes_N, counts_N, totals_B, known.codes)
 
 
 def _key(gene: str) -> str:

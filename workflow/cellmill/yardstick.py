@@ -215,14 +215,17 @@ def batches(asked: list[Asked], batch_size: int) -> Iterator[Asked]:
 
 
 def answers_of(model: CellModel) -> Answer:
-    """How a model answers: one forward pass for each batch, in evaluation mode and float32."""
+    """How a model answers: in evaluation mode and float32, at most `CellModel.impute_cells` cells at once."""
     device = best_device()
     model.to(device).eval()
 
     def answer(asked: Asked) -> Imputed:
+        parts = []
         with torch.inference_mode():
-            inputs = to_device(model.impute_inputs(asked.cells, asked.genes_BQ), device)
-            return Imputed(*(tensor.float().cpu() for tensor in model.impute(inputs)))
+            for part in batches([asked], model.impute_cells):
+                inputs = to_device(model.impute_inputs(part.cells, part.genes_BQ), device)
+                parts.append([tensor.float().cpu() for tensor in model.impute(inputs)])
+        return Imputed(*map(torch.cat, zip(*parts, strict=True)))
 
     return answer
 

@@ -64,7 +64,7 @@ def enhance(
     depth: str | np.ndarray,
     genes: np.ndarray | None = None,
     *,
-    batch_size: int = 16,
+    batch_size: int = 4,
     progress: bool = True,
 ) -> np.ndarray:
     """Values of genes as the model expects them at another read depth.
@@ -80,7 +80,8 @@ def enhance(
     genes
         Ids of the G genes; by default all V.
     batch_size
-        Cells per forward pass; the result depends on it by rounding alone.
+        Cells per forward pass, each of which takes a third of a GB (of the preset `small`, at 20,000 genes); the result
+        depends on it by rounding alone.
     progress
         False keeps silent.
 

@@ -6,7 +6,7 @@ asked for, N gene tokens of all cells together.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -87,6 +87,10 @@ class CellModel(nn.Module):
     """Values of obs columns that a published preset was trained with, where it knows any."""
     obs_columns: ClassVar[tuple[str, ...]] = ()
     """obs columns whose values training learns from; their codes are then in ``cells.codes``."""
+    impute_cells: ClassVar[int] = 64
+    """Cells that `impute` takes at once at most, where more would need much memory."""
+    released_totals: ClassVar[Literal["all", "known"]] = "all"
+    """Whether totals, where a gene map is needed, are over all measured genes or the model's: `GeneMap.apply`."""
     poolings: tuple[str, ...]
     """Ways to read a cell's embedding, the paper's own first; a class holds those of all its presets."""
 

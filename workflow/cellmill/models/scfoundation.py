@@ -97,6 +97,15 @@ class Sizes:
             "of a cell are taken for T and S, whatever they are."
         },
     )
+    embedding_depth: float = field(
+        default=0.0,
+        metadata={
+            "description": "log10 of the counts that T asks for in embeddings, as the released script's t4; "
+            "0: the cell's own depth.",
+            "ge": 0,
+            "le": 12,
+        },
+    )
 
     def __post_init__(self):
         for width, heads in (("width", "n_heads"), ("decoder_width", "decoder_heads")):
@@ -165,7 +174,7 @@ class DecoderLayer(nn.Module):
         self.linear1 = nn.Linear(width, sizes.decoder_hidden)
         self.linear2 = nn.Linear(sizes.decoder_hidden, width)
         if sizes.decoder_attention == "performer":
-            empty_FK = torch.zeros(sizes.features, width // sizes.decoder_heads, device="cpu")
+            empty_FK = torch.zeros(sizes.features, width // sizes.decoder_heads)
             self.register_buffer("projection", empty_FK)
 
     def forward(self, x_BPC: Tensor, asked_BQ: Tensor | None = None) -> Tensor:
@@ -256,6 +265,8 @@ class Scfoundation(CellModel):
         ),
     }
     published_genes: ClassVar[dict[str, int]] = {"published": 19_264}
+    impute_cells = 8  # the decoder holds a state for every gene: at 20,000 genes a third of a GB a cell of `small`
+    released_totals = "known"  # the authors' script sums over the genes of the model
     poolings = ("all", "max", "mean", "source", "target")
 
     def __init__(self, sizes: Sizes, n_genes: int, statistics: GeneStatistics | None = None, categories=None):
@@ -279,7 +290,7 @@ class Scfoundation(CellModel):
     def _draw_projections(self, draw: int) -> None:
         """Put the random features of the draw into every decoder layer; they depend on its number alone."""
         for number, layer in enumerate(self.decoder):
-            if hasattr(layer, "projection"):
+            if hasattr(layer, "projection") and not layer.projection.is_meta:
                 layer.projection.copy_(draw_projection(*layer.projection.shape, draw, number))
 
     def _redraw(self, step: int) -> None:
@@ -342,8 +353,10 @@ class Scfoundation(CellModel):
     def embed_inputs(self, cells: CellBatch, target_counts: np.ndarray | None = None) -> Inputs:
         """What is shown (`_inputs`), and `asked` [B, Q], the genes that each cell expresses.
 
-        `target_counts` [B] is the depth that T asks for, by default the cell's own.
+        `target_counts` [B] is the depth that T asks for, by default `embedding_depth`, or the cell's own.
         """
+        if target_counts is None and self.sizes.embedding_depth:
+            target_counts = np.full(len(cells), 10.0**self.sizes.embedding_depth)
         shown = self._inputs(views.embed(cells, n_genes=self.n_genes, target_counts=target_counts))
         return shown | {"asked": torch.from_numpy(pad(cells.offsets, cells.genes, self.pad, dtype=np.int64))}
 
@@ -434,7 +447,7 @@ class Scfoundation(CellModel):
 
     def impute_inputs(self, cells: CellBatch, genes_BQ: np.ndarray) -> Inputs:
         """What is visible (`_inputs`), T and S the whole cell's depth; `asked` [B, Q], the genes."""
-        return self.embed_inputs(cells) | {"asked": torch.from_numpy(np.asarray(genes_BQ, np.int64))}
+        return self.embed_inputs(cells, cells.totals) | {"asked": torch.from_numpy(np.asarray(genes_BQ, np.int64))}
 
     def impute(self, inputs: Inputs) -> Imputed:
         """The predicted values, the mask in the genes' places; a gene is the likelier detected the larger its value."""

@@ -40,8 +40,10 @@ def import_released(name: str, architecture: str, path: Path, genes: Path | None
     Its cells are unknown, so every benchmark is marked as "unknown" whether seen.
     """
     released = read_released(architecture, path, genes)
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    source = Path(path) if Path(path).exists() else Path(str(path).partition("#")[0])
+    files = [source] if source.is_file() else sorted(file for file in source.iterdir() if file.is_file())
+    if genes is not None and Path(genes).is_file():
+        files.append(Path(genes))
     meta = {
         "name": name,
         "seed": 0,

@@ -25,6 +25,8 @@ from cellmill.models.base import GeneStatistics
 from cellmill.models.geneformer import INIT_STD, NORM_EPS, Geneformer
 from cellmill.released.files import (
     Released,
+    build,
+    check_depth,
     fill,
     ignored,
     read_dictionary,
@@ -55,7 +57,8 @@ FIXED = {
     "type_vocab_size": 2,
     "position_embedding_type": "absolute",
 }
-"""Settings of every Geneformer; what a config does not say is as it should be."""
+"""Settings of every Geneformer. What a config does not say is Hugging Face's default, which is this but for the
+activation's, gelu; so that is to be said."""
 EMBEDDINGS, HEAD, DECODER = "bert.embeddings", "cls.predictions", "cls.predictions.decoder"
 POSITION_IDS = f"{EMBEDDINGS}.position_ids"
 QKV = "{}.attention.self.(query+key+value).{}"
@@ -97,9 +100,10 @@ def read(path: Path, *, genes: Path | None) -> Released:
         mean_log1p_cp10k=unknown_V,
         std_log1p_cp10k=unknown_V,
     )
-    model = Geneformer(sizes, len(feature_ids), statistics).eval()
+    check_depth(sizes.n_layers, tensors, weights)
     tensors = _tied(_join_qkv(tensors, sizes.n_layers, weights), weights)
     names = _names(sizes.n_layers)
+    model = build(lambda: Geneformer(sizes, len(feature_ids), statistics), lambda _: names, tensors, weights).eval()
     fill(model, tensors | {"medians": medians_V.nan_to_num()}, names | {"medians": "medians"}, weights)
     model.medians.copy_(medians_V)  # with the genes that have none
     tensors.pop(POSITION_IDS, None)
@@ -168,6 +172,7 @@ def _config(path: Path) -> dict:
     config = read_json(path)
     if not isinstance(config, dict):
         raise CellmillError(f"{path} holds no settings; give the published file")
+    config = {"hidden_act": None} | config
     for name, value in FIXED.items():
         if config.get(name, value) != value:
             raise CellmillError(
@@ -237,7 +242,7 @@ def _check_rows(tensors: dict, config: dict, where: Path, version: str, n_genes:
     """`CellmillError` unless weights, config and dictionary have the same number of tokens."""
     n_tokens = n_genes + len(SPECIALS[version])
     table = tensors.get(f"{EMBEDDINGS}.word_embeddings.weight")
-    rows = n_tokens if table is None else len(table)  # missing: `fill` says so
+    rows = n_tokens if table is None or not table.ndim else len(table)  # missing or a number: `build` says so
     if rows != n_tokens:
         of_weights = PUBLISHED_ROWS.get(rows) or PUBLISHED_LENGTHS.get(config["max_position_embeddings"])
         if rows - n_genes in (2, 4):

@@ -7,8 +7,9 @@ symbols, in ``OS_scRNA_gene_index.19264.tsv`` (columns gene_name, index), which 
 in the folder above.
 """
 
-import gzip
+import math
 import re
+import zlib
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from cellmill.errors import CellmillError
 from cellmill.files import atomic
 from cellmill.models import resolve_sizes
 from cellmill.models.scfoundation import Scfoundation
-from cellmill.released.files import Released, fill, ignored, read_torch, state_dict_of
+from cellmill.released.files import Released, build, check_depth, fill, ignored, read_bytes, read_torch, state_dict_of
 from cellmill.views import scfoundation as views
 
 WEIGHTS = "models.ckpt"
@@ -31,7 +32,7 @@ SENTINELS = {"n_class": 104, "pad_token_id": 103, "mask_token_id": 102, "cell_to
 """Values that stand for padding and the mask in the released code's input; ours marks both by position."""
 OWN = "cellmill"
 """Where an exported config holds the sizes that the layout has no place for; the released code does not read it."""
-OWN_SIZES = ("max_length", "dropout", "redraw_every", "released_depth_tokens")
+OWN_SIZES = ("max_length", "dropout", "redraw_every", "released_depth_tokens", "embedding_depth")
 ONE_LAYER = {
     "encoder.{}.attention.qkv.weight": "encoder.transformer_encoder.{}.self_attn.in_proj_weight",
     "encoder.{}.attention.qkv.bias": "encoder.transformer_encoder.{}.self_attn.in_proj_bias",
@@ -68,6 +69,8 @@ REST = {
 def read(path: Path, *, genes: Path | None = None) -> Released:
     """Read one of the networks of a released ``models.ckpt``.
 
+    Its random features are part of it: they are never drawn again (``redraw_every`` 0), also if it is trained on.
+
     Parameters
     ----------
     path
@@ -92,8 +95,11 @@ def read(path: Path, *, genes: Path | None = None) -> Released:
             f"{file} embeds {n_rows - 3} genes and the list of genes has {len(feature_names)}; give the list of the "
             "same release (genes)"
         )
-    own = {"max_length": len(feature_names) + 2} | {name: settings[name] for name in OWN_SIZES if name in settings}
-    model = Scfoundation(resolve_sizes(Scfoundation, "published", overrides | own), len(feature_names))
+    own = {"max_length": len(feature_names) + 2, "redraw_every": 0}
+    own |= {name: settings[name] for name in OWN_SIZES if name in settings}
+    sizes = resolve_sizes(Scfoundation, "published", overrides | own)
+    check_depth(sizes.n_layers + sizes.decoder_layers, tensors, file)
+    model = build(lambda: Scfoundation(sizes, len(feature_names)), _names, tensors, file)
     names = _names(model)
     fill(model, tensors, names, file)
     unused = sorted(name for name in tensors.keys() - set(names.values()) if name.startswith(("encoder.", "decoder.")))
@@ -118,11 +124,13 @@ def write(model: Scfoundation, meta: dict, out: Path) -> None:
         The content of ``checkpoint.json``.
     out
         The folder.
+
+    Raises
+    ------
+    CellmillError
+        If the model has a size that the released code cannot be told, or a file cannot be written.
     """
-    if model.sizes.decoder_attention != "performer":
-        raise CellmillError(
-            "scFoundation's layout has no dense decoder; train with decoder_attention: performer to export the model"
-        )
+    _check_exportable(model)
     own = model_tensors(model)
     tensors = {released: own[name].cpu() for name, released in _names(model).items()}
     content = {
@@ -134,6 +142,28 @@ def write(model: Scfoundation, meta: dict, out: Path) -> None:
         torch.save(dict.fromkeys(SUB_MODELS, content), path)
     with atomic(out / GENES.replace("*", str(model.n_genes), 1).rstrip("*")) as path:
         path.write_text("".join(["gene_name\tindex\n", *genes]))
+
+
+def _check_exportable(model: Scfoundation) -> None:
+    """`CellmillError` unless the released code, which fixes some sizes, would compute the same."""
+    sizes = model.sizes
+    if sizes.decoder_attention != "performer":
+        raise CellmillError(
+            "scFoundation's layout has no dense decoder; train with decoder_attention: performer to export the model"
+        )
+    head = sizes.decoder_width // sizes.decoder_heads
+    fixed = {
+        "hidden": (sizes.hidden, 4 * sizes.width),
+        "decoder_hidden": (sizes.decoder_hidden, 4 * sizes.decoder_width),
+        "n_features": (sizes.features, int(head * math.log(head))),
+        "max_length": (min(sizes.max_length, model.n_positions), model.n_positions),
+    }
+    unlike = [f"{name} is {own}, not {theirs}" for name, (own, theirs) in fixed.items() if own != theirs]
+    if unlike:
+        raise CellmillError(
+            f"scFoundation's own code cannot run this model as it was trained: {', '.join(unlike)}; train with these "
+            "sizes to export it"
+        )
 
 
 def _file_and_part(path: Path) -> tuple[Path, str | None]:
@@ -163,7 +193,8 @@ def _sizes(config, tensors: dict[str, Tensor], file: Path) -> tuple[dict, dict]:
     """Our sizes from the released config, and from shapes where it is silent; then those that only we write."""
     try:
         kind = config["model"]
-        settings = config["model_config"][kind]
+        # as the released code: settings of the data stand beside the model's, and win
+        settings = config["model_config"][kind] | config.get("dataset_config", {}).get("rnaseq", {})
         encoder, decoder = settings["encoder"], settings["decoder"]
         modules = (kind, encoder["module_type"], decoder["module_type"])
         sizes = {
@@ -188,9 +219,9 @@ def _sizes(config, tensors: dict[str, Tensor], file: Path) -> tuple[dict, dict]:
         "decoder_hidden": "decoder.performer.net.layers.0.1.fn.fn.w1.weight",
         "n_features": "decoder.performer.net.layers.0.0.fn.fast_attention.projection_matrix",
     }
-    missing = [name for name in (*shapes.values(), "pos_emb.weight") if name not in tensors]
-    if missing:
-        raise CellmillError(f"{file} lacks the tensor {missing[0]}; it is of another model or incomplete")
+    for name in (*shapes.values(), "pos_emb.weight"):
+        if name not in tensors or tensors[name].ndim != 2:
+            raise CellmillError(f"{file} lacks the tensor {name}, or it is no table; take the published models.ckpt")
     return sizes | {name: tensors[tensor].shape[0] for name, tensor in shapes.items()}, own
 
 
@@ -206,6 +237,7 @@ def _config(model: Scfoundation) -> dict:
         for name, (kind, width, depth, heads) in parts.items()
     }
     settings |= {"bin_num": sizes.n_bins, "bin_alpha": sizes.bin_alpha, "seq_len": model.n_positions, **SENTINELS}
+    settings["model"] = ARCHITECTURE  # the released code keeps these settings alone, and asks them for the model
     settings[OWN] = {name: getattr(sizes, name) for name in OWN_SIZES}
     return {
         "model": ARCHITECTURE,
@@ -236,6 +268,8 @@ def _join(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
             parts = [joined.pop(name.replace(".to_q.", f".to_{x}."), None) for x in "qkv"]
             if any(part is None for part in parts):
                 raise CellmillError(f"{file} has {name} without its keys or values; it is incomplete, copy it again")
+            if len({part.shape for part in parts}) > 1 or not parts[0].ndim:
+                raise CellmillError(f"{file}: {name}, its keys and values have different shapes; copy it again")
             joined[name.replace(".to_q.", ".to_qkv.")] = torch.cat(parts)
     return joined
 
@@ -265,9 +299,8 @@ def _find_genes(file: Path) -> Path:
 def _read_genes(path: Path) -> list[str]:
     """Symbols in the order of their ids."""
     try:
-        content = Path(path).read_bytes()
-        text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode()
-    except (OSError, EOFError, ValueError) as error:
+        text = read_bytes(Path(path)).decode()
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise CellmillError(f"the list of genes {path} cannot be read ({error}); give the published TSV") from error
     header, *rows = re.split(r"\r?\n", text.strip())
     rows = [row.split("\t") for row in rows]

@@ -12,7 +12,17 @@ import torch
 from cellmill.errors import CellmillError
 from cellmill.files import atomic
 from cellmill.models.scmulan import N_TASKS, Scmulan
-from cellmill.released.files import Released, fill, ignored, read_json, read_torch, state_dict_of, strip
+from cellmill.released.files import (
+    Released,
+    build,
+    check_depth,
+    fill,
+    ignored,
+    read_json,
+    read_torch,
+    state_dict_of,
+    strip,
+)
 from cellmill.views.scmulan import N_BINS
 
 WEIGHTS, META = "ckpt_scMulan.pt", "meta_info.pt"
@@ -55,11 +65,14 @@ def read(path: Path, *, genes: Path | None = None) -> Released:
         raise CellmillError(f"{weights.parent} holds no {' or '.join(META_NAMES)}; lay the published one beside it")
     names, categories = _vocabulary(read_json(where) if ".json" in where.name else read_torch(where), where)
     arguments, tensors = _content(read_torch(weights), weights)
-    model = _build(arguments, len(names), categories, weights)
-    if arguments["vocab_size"] != model.n_tokens:
+    check_depth(arguments["n_layer"], tensors, weights)
+    sizes = _sizes(arguments, len(names), weights)
+    n_tokens = 1 + len(names) + sum(map(len, categories.values())) + N_TASKS
+    if arguments["vocab_size"] != n_tokens:
         raise CellmillError(
-            f"{weights} has {arguments['vocab_size']} tokens and {where} {model.n_tokens}; take both of one release"
+            f"{weights} has {arguments['vocab_size']} tokens and {where} {n_tokens}; take both of one release"
         )
+    model = build(lambda: Scmulan(sizes, len(names), categories=categories), _names, tensors, weights)
     released = _names(model)
     genes_of_ours = {"token_V": model.token_V}  # no tensor of the release: every gene is a word, in order
     fill(model, tensors | genes_of_ours, released | {"token_V": "token_V"}, weights)
@@ -119,6 +132,9 @@ def _vocabulary(meta, where: Path) -> tuple[list[str], dict[str, list[str]]]:
         raise CellmillError(
             f"{where} is no meta_info of scMulan: it lacks {', '.join(missing)}; give the published one"
         )
+    no_lists = [name for name in wanted if not isinstance(meta[name], list | tuple | set)]
+    if no_lists:
+        raise CellmillError(f"{where}: {no_lists[0]} is no list of words; give the published meta_info")
     genes, tokens = meta["gene_set"], meta["token_set"]
     for name, words in (("gene_set", genes), ("token_set", tokens)):
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
@@ -158,17 +174,27 @@ def _content(content, weights: Path) -> tuple[dict, dict[str, torch.Tensor]]:
             f"expression_level={arguments.get('expression_level')}, but the published one has no biases and "
             f"{N_BINS} levels; give the published {WEIGHTS}"
         )
-    return arguments, strip(state_dict_of(content["model"], weights), "_orig_mod.", "module.")
+    tensors = strip(state_dict_of(content["model"], weights), "_orig_mod.", "module.")
+    # settings that do not name `bias` mean biases to the released code; its causal mask, `attn.bias`, is no such vector
+    biases = [name for name, tensor in tensors.items() if name.endswith(".bias") and tensor.ndim == 1]
+    if biases:
+        raise CellmillError(
+            f"{weights} is of another scMulan: it holds {len(biases)} biases (the first is {biases[0]}), and the "
+            f"published one has none; give the published {WEIGHTS}"
+        )
+    return arguments, tensors
 
 
-def _build(arguments: dict, n_genes: int, categories: dict[str, list[str]], weights: Path) -> Scmulan:
-    """The module of the settings, not yet filled."""
+def _sizes(arguments: dict, n_genes: int, weights: Path) -> Scmulan.Sizes:
+    """The sizes of the settings."""
     numbers = {"n_layers": "n_layer", "width": "n_embd", "n_heads": "n_head", "max_length": "block_size"}
     sizes = {size: arguments[name] for size, name in numbers.items()}
-    if min(sizes.values()) < 1 or sizes["width"] % sizes["n_heads"]:
-        raise CellmillError(f"{weights}: model_args are impossible ({sizes}); give the published {WEIGHTS}")
-    sizes |= {"n_model_genes": n_genes, "dropout": float(arguments.get("dropout", 0.0)), "unprompted": 0.0}
-    return Scmulan(Scmulan.Sizes(**sizes), n_genes, categories=categories)
+    dropout = arguments.get("dropout", 0.0)
+    possible = isinstance(dropout, int | float) and 0 <= dropout < 1
+    if not possible or min(sizes.values()) < 1 or sizes["width"] % sizes["n_heads"]:
+        shown = ", ".join(f"{name} {value!r:.40}" for name, value in (sizes | {"dropout": dropout}).items())
+        raise CellmillError(f"{weights}: model_args are impossible ({shown}); give the published {WEIGHTS}")
+    return Scmulan.Sizes(**sizes, n_model_genes=n_genes, dropout=float(dropout), unprompted=0.0)
 
 
 def _names(model: Scmulan) -> dict[str, str]:

@@ -8,8 +8,9 @@ Read-depth-aware training: half of the cells are thinned. Every molecule is kept
 from Beta(2, 2), so a count becomes a binomial number; S is the thinned cell's depth, T and the targets are the raw
 cell's. Counts outside the vocabulary are thinned with the others, so that S is a depth over all measured genes as T is.
 
-Masked are 30 % of the input's nonzeros and 3 % of its zeros. Of these 80 % are hidden, 10 % show a random value (of
-another gene of the same cell's input, since nothing more is published), 10 % are left as they are.
+Masked are 30 % of the input's nonzeros and 3 % of its zeros. Of these 80 % are hidden, 10 % show a random value (drawn
+from all genes of the same cell's input, hidden ones included, since nothing more is published), 10 % are left as they
+are.
 
 One hash a gene serves all: as a number it says whether and how the gene is masked, and its lower half, digits that
 matter there in one case of 2^32, thins.
