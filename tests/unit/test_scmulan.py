@@ -82,7 +82,7 @@ def test_tokens_and_words():
     assert len(model.words(replace(cells, codes={}), model.obs_columns).tokens) == 0
 
 
-def sentence(tokens: list[int], values: list[int], targets: int, task: int, width: int) -> dict:
+def sentence(tokens: list[int], values: list[int], targets: int, task: int, width: int, ends: bool = True) -> dict:
     """A padded sentence."""
     rest = [0] * (width - len(tokens))
     return {
@@ -91,6 +91,7 @@ def sentence(tokens: list[int], values: list[int], targets: int, task: int, widt
         "lengths": torch.tensor([len(tokens)]),
         "targets": torch.tensor([targets]),
         "task": torch.tensor([task]),
+        "ends": torch.tensor([ends]),
     }
 
 
@@ -149,6 +150,53 @@ def test_a_target_without_words_in_front_is_not_asked_for():
     assert float(losses["entity"].sum) == pytest.approx(-float(log_LT[0, 4] + log_LT[1, 0]) / 2, rel=1e-5)
     empty = model(sentence([0], [0], 1, views.GENERATE, 1))
     assert empty["entity"].count == empty["entity"].sum == 0
+
+
+def test_the_end_of_a_cut_sentence_is_not_asked_for():
+    """Of the trivial baseline neither; a sentence of which nothing else is asked does not count."""
+    model = tiny()
+    tokens, values, *rest = GENERATED
+    inputs = sentence(tokens, values, *rest, ends=False)
+    trivial = torch.randn(4, model.n_tokens)
+    with torch.no_grad():
+        losses = model(inputs)
+        h_LD = model.encode(inputs["tokens"], inputs["values"])[0]
+        log_LT, value_LT = model.entity_head(h_LD).log_softmax(1), model.value_head(h_LD)
+        by_frequency = model.trivial_losses(inputs, trivial)
+    entity = value = frequency = error = 0.0
+    for place in (1, 2, 3):
+        words = REMAINING[place]
+        for word in words:
+            token, truth = tokens[word], values[word]
+            entity -= float(log_LT[place, token]) / len(words) / 3
+            value += (float(value_LT[place, token]) - truth) ** 2 / len(words) / 3
+            frequency -= float(trivial[views.GENERATE, token]) / len(words) / 3
+            error += (float(trivial[3, token]) - truth) ** 2 / len(words) / 3
+    assert float(losses["entity"].sum) == pytest.approx(entity, rel=1e-5)
+    assert float(losses["value"].sum) == pytest.approx(value, rel=1e-5)
+    assert float(by_frequency["entity"].sum) == pytest.approx(frequency, rel=1e-5)
+    assert float(by_frequency["value"].sum) == pytest.approx(error, rel=1e-5)
+    with torch.no_grad():
+        model.entity_head.weight[0] += 1  # the end still takes part in the softmax, and is no target
+        assert model(sentence([5, 0], [0, 0], 1, views.GENERATE, 4, ends=False))["entity"].count == 0
+
+
+def test_sentences_are_cut_in_training_alone(model, blood):
+    """Generated ones do not end then; the released code reads a cell whole, so all its genes decide its embedding."""
+    cells = blood.take(np.arange(200))
+    known_B = np.bincount(cells.cell_of[model.tokens.gene_V[cells.genes] >= 0], minlength=len(cells))
+    assert (known_B > SMALL.max_length).any()
+    assert (known_B < SMALL.max_length - 10).any()
+    inputs = model.pretrain_inputs(cells, seed=0, step=4)
+    generated = inputs["task"] == views.GENERATE
+    n_genes = (inputs["values"] > 0).sum(1)
+    assert inputs["lengths"].max() == SMALL.max_length
+    assert torch.equal(inputs["ends"], ~generated | (n_genes == torch.from_numpy(known_B)))
+    assert (inputs["lengths"][~inputs["ends"]] == SMALL.max_length).all()
+    assert 0 < inputs["ends"][generated].sum() < generated.sum()
+    assert torch.equal(model.embed_inputs(cells)["lengths"], torch.from_numpy(known_B) + 1)
+    asked = model.impute_inputs(cells, np.zeros((len(cells), 1), np.int64))
+    assert torch.equal(asked["lengths"], torch.from_numpy(known_B).clamp(min=1))
 
 
 def test_annotation_asks_behind_the_task_alone():
@@ -277,11 +325,51 @@ def test_the_label_informed_embedding_is_the_state_of_the_said_type(model, blood
 
 def test_without_cell_types_genes_are_pooled():
     model = tiny(categories={"sex": ["F", "M"]})
-    assert model.poolings == ("mean", "pct")
+    assert model.poolings == ("mean", "pct", "released")
     with pytest.raises(CellmillError, match="no cell type words"):
         model.decode_types(model.embed_inputs(make_batch([{0: 1}])))
     with pytest.raises(CellmillError, match="no pooling 'label_informed'"):
         model.embed_cells(model.embed_inputs(make_batch([{0: 1}])), "label_informed")
+
+
+def test_a_model_that_says_one_type_and_the_end_is_read_at_pct(model, blood):
+    """So the released reading of a model of one level of types says nothing of the type."""
+    inputs = model.embed_inputs(blood.take(np.arange(12)))
+    with torch.inference_mode():
+        h_BLD = model.encode(inputs["tokens"], inputs["values"])
+    pct_BD = h_BLD[torch.arange(12), inputs["lengths"] - 1]
+    weight = model.entity_head.weight.data
+    weight.zero_()
+    weight[model.type_words.start] = pct_BD.mean(0)  # said first, as it looks like <PCT>'s states
+    with torch.inference_mode():
+        logits_BT = model.logits(pct_BD)
+        assert (logits_BT.argmax(1) == model.type_words.start).all()
+        after_BD = model.released_states(inputs)
+    weight[0] = torch.linalg.lstsq(torch.cat([after_BD, pct_BD]), torch.tensor([100.0] * 12 + [-100.0] * 12)).solution
+    with torch.inference_mode():
+        assert not torch.allclose(after_BD, pct_BD, atol=0.1)
+        torch.testing.assert_close(model.embed_cells(inputs, "released"), pct_BD)
+
+
+def test_the_last_products_are_exact_in_bfloat16():
+    """The cross-entropy's two parts are of the same logits: a sure word costs next to nothing, never less."""
+    model = tiny()
+    inputs = sentence(*GENERATED)
+    with torch.no_grad():
+        model.entity_head.weight.mul_(40)
+        with torch.autocast("cpu", torch.bfloat16):
+            h_LD = model.encode(inputs["tokens"], inputs["values"])[0].float()
+            logits_LT, bins_LT = model.logits(h_LD.bfloat16()), model.bins(h_LD)
+            entity = float(model(inputs)["entity"].sum)
+        log_LT = (h_LD @ model.entity_head.weight.T).log_softmax(1)
+    assert logits_LT.dtype == bins_LT.dtype == torch.float32
+    torch.testing.assert_close(bins_LT, h_LD @ model.value_head.weight.T)
+    exact = sum(
+        -float(log_LT[place, inputs["tokens"][0, word]]) / len(words) / 4
+        for place, words in REMAINING.items()
+        for word in words
+    )
+    assert entity == pytest.approx(exact, rel=1e-5)
 
 
 def test_most_variable_genes(blood, statistics):

@@ -8,8 +8,9 @@ import torch
 from cellmill.abilities.sentences import annotate, generate
 from cellmill.errors import CellmillError
 from cellmill.models.base import total_loss
+from cellmill.models.geneformer import Geneformer
 from cellmill.models.scmulan import Scmulan
-from model_cells import real_statistics
+from model_cells import real_statistics, statistics_of_medians
 from shard_cells import real_cells
 
 N_GENES = 20_125
@@ -155,6 +156,10 @@ def test_what_the_model_cannot_say_is_refused(model, pancreas):
     ):
         with pytest.raises(CellmillError, match=fault):
             generate(model, words, 1, seed=0, **QUIET)
+    other = Geneformer(Geneformer.presets["demo"], 10, statistics_of_medians(torch.ones(10)))
+    for ask in (lambda: generate(other, {"cell_type": "beta"}, 1, seed=0), lambda: annotate(other, pancreas.take([0]))):
+        with pytest.raises(CellmillError, match="a Geneformer says no words; give a model of the architecture scmulan"):
+            ask()
     with pytest.raises(CellmillError, match="limit 1 leaves no room"):
         generate(model, {"cell_type": "beta"}, 1, seed=0, limit=1, **QUIET)
     with pytest.raises(CellmillError, match="top_k=0"):

@@ -62,8 +62,8 @@ def annotate(model: Scmulan, cells: CellBatch, *, batch_size: int = 16, progress
     cells
         C cells in the model's vocabulary. Their own `codes` are not looked at.
     batch_size
-        Cells at once; those of similar length are put together. Each keeps 2 x layers x width x words floats (330 MB in
-        the published size), so raise it on a GPU that has the room; on a CPU more gain nothing.
+        Cells at once; those of similar length are put together. Each keeps 2 x layers x width x words floats (430 MB at
+        most in the published size), so raise it on a GPU that has the room; on a CPU more gain nothing.
     progress
         False keeps silent.
 
@@ -72,6 +72,7 @@ def annotate(model: Scmulan, cells: CellBatch, *, batch_size: int = 16, progress
     CellmillError
         If the model knows no cell types.
     """
+    _check_words(model)
     order_C = np.argsort(-cells.lengths, kind="stable")
     codes_C, probabilities_C = np.empty(len(cells), np.int64), np.empty(len(cells), np.float32)
     with _speaking(model) as device, Progress("annotating", len(cells), show=progress) as bar:
@@ -126,6 +127,7 @@ def generate(
     CellmillError
         If a column or value is unknown to the model, or an option is out of bounds.
     """
+    _check_words(model)
     prompt_L = _prompt(model, words)
     limit = model.sizes.max_length if limit is None else limit
     if limit <= len(prompt_L):
@@ -145,11 +147,14 @@ def generate(
     return _ragged(model, said)
 
 
+def _check_words(model: Scmulan) -> None:
+    if not isinstance(model, Scmulan):
+        raise CellmillError(f"a {type(model).__name__} says no words; give a model of the architecture scmulan")
+
+
 @contextmanager
 def _speaking(model: Scmulan) -> Iterator[torch.device]:
     """The model in evaluation mode, without gradients; its device."""
-    if not isinstance(model, Scmulan):
-        raise CellmillError(f"a {type(model).__name__} says no words; give a model of the architecture scmulan")
     was_training = model.training
     model.eval()
     try:
@@ -189,9 +194,9 @@ def _say(
     rows_B = np.arange(len(cells_B))  # of the cells that are not at their end
     for step in range(n_steps):
         shares_B = uniform("scmulan generate", seed, cells_B[rows_B], step)
-        logits_BW = model.entity_head(state_BD).float()[:, :n_words].masked_fill(banned_BW, -torch.inf)
+        logits_BW = model.logits(state_BD)[:, :n_words].masked_fill(banned_BW, -torch.inf)
         token_B = _draw(logits_BW, torch.from_numpy(shares_B).to(logits_BW), top_k, scale)
-        values_BT = model.value_head(state_BD).float()
+        values_BT = model.bins(state_BD)
         bin_B = values_BT.gather(1, token_B.unsqueeze(1)).squeeze(1).clamp(0, N_BINS).round().long()
         tokens_BS[rows_B, step] = token_B.cpu().numpy()
         bins_BS[rows_B, step] = bin_B.cpu().numpy()

@@ -149,7 +149,7 @@ class CellTypes(NamedTuple):
     probability_B: Tensor
     """float32 [B], of that word among the cell types that had not been said."""
     states_BD: Tensor
-    """float32 [B, D], the state of that word."""
+    """float32 [B, D], the state of that word, read with the value 0 as all words but genes are."""
 
 
 class Scmulan(CellModel):
@@ -185,7 +185,7 @@ class Scmulan(CellModel):
             for column, n in zip(obs_columns, (7, 114, 33, 6, 33, 10, 2), strict=True)
         }
     }
-    poolings = ("pct", "label_informed", "mean")
+    poolings = ("pct", "label_informed", "mean", "released")
 
     def __init__(self, sizes: Sizes, n_genes: int, statistics: GeneStatistics | None = None, categories=None):
         super().__init__(sizes, n_genes, statistics, categories)
@@ -197,7 +197,7 @@ class Scmulan(CellModel):
         self.pct, self.n_tokens = token, token + N_TASKS
         self.n_types = len(self.categories.get(CELL_TYPE, ()))
         if not self.n_types:  # <PCT> is never trained
-            self.poolings = ("mean", "pct")
+            self.poolings = ("mean", "pct", "released")
         self.word_embedding = nn.Embedding(self.n_tokens, sizes.width)
         self.value_embedding = nn.Embedding(views.N_BINS + 1, sizes.width)
         self.dropout = nn.Dropout(sizes.dropout)
@@ -262,7 +262,10 @@ class Scmulan(CellModel):
         return self.words(cells, [CELL_TYPE]), self.words(cells, [c for c in self.obs_columns if c != CELL_TYPE])
 
     def pretrain_inputs(self, cells: CellBatch, *, seed: int, step: int | None) -> Inputs:
-        """`tokens`, `values` [B, L]; [B]: `lengths`, `targets` (words at the end that are asked for), `task`."""
+        """`tokens`, `values` [B, L]; [B]: `lengths`, `targets` (words at the end that are asked for), `task`, `ends`.
+
+        A sentence is `Sizes.max_length` words long at most; `ends` says whether <E> is asked for.
+        """
         cell_types, metadata = self._metadata(cells)
         sentences = views.pretrain(
             cells,
@@ -274,12 +277,15 @@ class Scmulan(CellModel):
             limit=self.sizes.max_length,
             unprompted=self.sizes.unprompted,
         )
-        targets_B, task_B = torch.from_numpy(sentences.targets_B), torch.from_numpy(sentences.task_B)
-        return {**_matrix(sentences), "targets": targets_B, "task": task_B}
+        by_cell = {"targets": sentences.targets_B, "task": sentences.task_B, "ends": sentences.ends_B}
+        return _matrix(sentences) | {name: torch.from_numpy(array_B) for name, array_B in by_cell.items()}
 
     def embed_inputs(self, cells: CellBatch) -> Inputs:
-        """`tokens`, `values` [B, L]; `lengths` [B]: the genes, then <PCT>."""
-        return _matrix(views.embed(cells, self.tokens, limit=self.sizes.max_length))
+        """`tokens`, `values` [B, L]; `lengths` [B]: all genes that are words, then <PCT>.
+
+        As in the released code, reading cuts nothing, whatever the length in training: words have no positions.
+        """
+        return _matrix(views.embed(cells, self.tokens, limit=self.n_tokens))
 
     def encode(self, tokens_BL: Tensor, values_BL: Tensor, cache: Cache | None = None, valid_BL=None) -> Tensor:
         """[B, L, D], the last states; a word sees those in front of it, so padding behind a sentence changes nothing.
@@ -299,17 +305,32 @@ class Scmulan(CellModel):
             x_BLD = layer(x_BLD, (lambda k, v, i=i: cache.extend(i, k, v)) if cache else None, mask)
         return self.norm(x_BLD)
 
-    def read(self, inputs: Inputs, further: int) -> tuple[Tensor, Cache]:
-        """Read sentences, to be continued by `further` words: their last words' states [B, D], and the cache."""
-        tokens_BL, lengths_B = inputs["tokens"], inputs["lengths"]
+    def read_all(self, inputs: Inputs, further: int) -> tuple[Tensor, Cache]:
+        """Read sentences, to be continued by `further` words: the states of all words [B, L, D], and the cache."""
+        tokens_BL = inputs["tokens"]
         cache = Cache(tokens_BL.shape[1] + further)
-        valid_BL = torch.arange(tokens_BL.shape[1], device=lengths_B.device) < lengths_B[:, None]
-        return _last(self.encode(tokens_BL, inputs["values"], cache, valid_BL), lengths_B), cache
+        valid_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device) < inputs["lengths"][:, None]
+        return self.encode(tokens_BL, inputs["values"], cache, valid_BL), cache
+
+    def read(self, inputs: Inputs, further: int) -> tuple[Tensor, Cache]:
+        """As `read_all`, of the states the last words' alone [B, D]."""
+        h_BLD, cache = self.read_all(inputs, further)
+        return _last(h_BLD, inputs["lengths"]), cache
 
     def read_further(self, tokens_B: Tensor, values_B: Tensor, cache: Cache) -> Tensor:
         """Read one more word of each sentence: its state [B, D]."""
         valid_B1 = torch.ones_like(tokens_B, dtype=torch.bool).unsqueeze(1)
         return self.encode(tokens_B.unsqueeze(1), values_B.unsqueeze(1), cache, valid_B1)[:, 0]
+
+    def logits(self, h: Tensor) -> Tensor:
+        """float32 [..., T], of each word to be the next one; never in bfloat16, whose steps near 50 are 1/4."""
+        with torch.autocast(h.device.type, enabled=False):
+            return self.entity_head(h.float())
+
+    def bins(self, h: Tensor) -> Tensor:
+        """float32 [..., T], the value that each word would have; exact as `logits`."""
+        with torch.autocast(h.device.type, enabled=False):
+            return self.value_head(h.float())
 
     def forward(self, inputs: Inputs, *, step: int | None = None) -> Losses:
         """`entity`: cross-entropy (nats) and `value`: squared error (bins), sums over sentences of their means."""
@@ -317,12 +338,12 @@ class Scmulan(CellModel):
         h_BLD = self.encode(inputs["tokens"], inputs["values"])
         places_M = asked.asks_BL.flatten().nonzero().squeeze(1)
         h_MD = h_BLD.flatten(0, 1).index_select(0, places_M)
-        logits_MT = self.entity_head(h_MD)
+        logits_MT = self.logits(h_MD)
         with torch.autocast(h_BLD.device.type, enabled=False):
             # the mean logit of the words that remain is the product with their mean row: no L x L logits
             row_BLD = asked.mean_remaining(F.embedding(inputs["tokens"], self.entity_head.weight))
             logit_M = (h_MD.float() * row_BLD.flatten(0, 1).index_select(0, places_M)).sum(1)
-            entity_M = torch.logsumexp(logits_MT.float(), 1) - logit_M
+            entity_M = torch.logsumexp(logits_MT, 1) - logit_M
             values_BLL = h_BLD.float() @ F.embedding(inputs["tokens"], self.value_head.weight).mT
         error_BLL = (values_BLL - inputs["values"].unsqueeze(1)).square()
         entity = (entity_M * asked.share_BL.flatten()[places_M]).sum()
@@ -340,7 +361,7 @@ class Scmulan(CellModel):
         open_B = torch.ones_like(said_BK[:, 0])
         found = CellTypes(open_B.long(), open_B.float(), state_BD.float())
         for level in range(min(TYPE_LEVELS, self.n_types)):
-            logits_BT = self.entity_head(state_BD).float()
+            logits_BT = self.logits(state_BD)
             logits_BK = logits_BT[:, self.type_words].masked_fill(said_BK, -torch.inf)
             logit_B, code_B = logits_BK.max(1)
             if level:
@@ -355,15 +376,39 @@ class Scmulan(CellModel):
             said_BK = said_BK.scatter(1, code_B.unsqueeze(1), True)
         return found
 
-    def embed_cells(self, inputs: Inputs, pooling: str | None = None) -> Tensor:
-        """[B, D] of last states: <PCT>'s (pct), the mean over genes (mean), or that of the type that the model says.
+    def released_states(self, inputs: Inputs) -> Tensor:
+        """float32 [B, D], what the released code reads: the last word but one of its last forward pass.
 
-        The last one, `label_informed`, is what the released code reads: it depends on the model's own annotation, so
-        that cells of one predicted type lie together.
+        It lets the model say three words, so that this is the first of them: the coarse type, where a fine one follows.
+        Where <E> is the second, it is <PCT>; where <E> is the first, the last gene (<PCT> in a cell without genes, of
+        which the released code makes nothing). Any token may be said, each with the value that the value head gives it;
+        banned are all words of the sentence so far but its last.
+        """
+        tokens_BL, last_B = inputs["tokens"], inputs["lengths"] - 1
+        h_BLD, cache = self.read_all(inputs, 1)
+        gene_BD, pct_BD = (_last(h_BLD, lengths_B) for lengths_B in (last_B.clamp(min=1), last_B + 1))
+        banned_BT = torch.zeros(len(tokens_BL), self.n_tokens, dtype=torch.bool, device=tokens_BL.device)
+        row, place = (torch.arange(tokens_BL.shape[1], device=last_B.device) < last_B[:, None]).nonzero(as_tuple=True)
+        banned_BT[row, tokens_BL[row, place]] = True
+        first_B = self.logits(pct_BD).masked_fill(banned_BT, -torch.inf).argmax(1)
+        value_B = self.bins(pct_BD).gather(1, first_B[:, None])[:, 0].clamp(0, views.N_BINS).round().long()
+        first_BD = self.read_further(first_B, value_B, cache)
+        banned_BT[:, self.pct] = True
+        second_B = self.logits(first_BD).masked_fill(banned_BT, -torch.inf).argmax(1)
+        state_BD = torch.where((second_B == END)[:, None], pct_BD, first_BD)
+        return torch.where((first_B == END)[:, None], gene_BD, state_BD).float()
+
+    def embed_cells(self, inputs: Inputs, pooling: str | None = None) -> Tensor:
+        """[B, D] of last states: <PCT>'s (pct), the mean over genes (mean), or those of words that the model says.
+
+        `label_informed` is the state of the finest cell type, `released` that of `released_states`, a switch that
+        repeats the released code. Both depend on the model's own annotation: cells of one predicted type lie together.
         """
         pooling = self.check_pooling(pooling)
         if pooling == "label_informed":
             return self.decode_types(inputs).states_BD
+        if pooling == "released":
+            return self.released_states(inputs)
         h_BLD = self.encode(inputs["tokens"], inputs["values"]).float()
         if pooling == "pct":
             return _last(h_BLD, inputs["lengths"])
@@ -400,9 +445,8 @@ class Scmulan(CellModel):
         """
         h_BD = _last(self.encode(inputs["tokens"], inputs["values"]), inputs["lengths"])
         genes = slice(1, 1 + self.n_gene_words)
-        with torch.autocast(h_BD.device.type, enabled=False):
-            detection_BG = self.entity_head(h_BD.float()).log_softmax(1)[:, genes]
-            bins_BG = self.value_head(h_BD.float())[:, genes].clamp(0.5, views.N_BINS)
+        detection_BG = self.logits(h_BD).log_softmax(1)[:, genes]
+        bins_BG = self.bins(h_BD)[:, genes].clamp(0.5, views.N_BINS)
         values_BG = (bins_BG - 0.5) / views.N_BINS * inputs["largest"].unsqueeze(1)  # a bin stands for its middle
         index_BQ, known_BQ = (inputs["asked"] - 1).clamp(min=0), inputs["asked"] >= 0
         return Imputed(
@@ -427,7 +471,7 @@ class Scmulan(CellModel):
             sentences = views.embed(cells, self.tokens, limit=self.n_tokens)
             counts_3T[views.GENERATE] += _counts(sentences.tokens[sentences.values > 0], self.n_tokens)
             sums_T += np.bincount(sentences.tokens, sentences.values, self.n_tokens)
-            counts_3T[views.GENERATE, END] += len(cells)
+            counts_3T[views.GENERATE, END] += (np.diff(sentences.offsets) <= self.sizes.max_length).sum()
             for task, words in zip((views.ANNOTATE, views.DESCRIBE), self._metadata(cells), strict=True):
                 counts_3T[task] += _counts(words.tokens, self.n_tokens)
                 counts_3T[task, END] += (np.diff(words.offsets) > 0).sum()
@@ -453,8 +497,8 @@ class _Asked:
     """Which words of padded sentences are asked for, and from where.
 
     A sentence of n words whose last t are targets (<E> among them) is asked at the t places in front of each target;
-    a target that starts its sentence is asked from nowhere. At place i the words i + 1, ... remain, without <E>; where
-    none does, <E>.
+    a target that starts its sentence is asked from nowhere, and <E> is not asked for in a sentence that does not end
+    (`ends`). At place i the words i + 1, ... remain, without <E>; where none does, <E>.
     """
 
     def __init__(self, inputs: Inputs):
@@ -462,7 +506,8 @@ class _Asked:
         self.place_L = torch.arange(length, device=inputs["tokens"].device)
         self.end_B1 = (inputs["lengths"] - 1).unsqueeze(1)
         self.first_B1 = self.end_B1 - inputs["targets"].unsqueeze(1)
-        self.asks_BL = (self.place_L >= self.first_B1) & (self.place_L < self.end_B1)
+        behind_B1 = self.end_B1 - 1 + inputs["ends"].unsqueeze(1).long()
+        self.asks_BL = (self.place_L >= self.first_B1) & (self.place_L < behind_B1)
         self.targets_BL = (self.place_L > self.first_B1) & (self.place_L <= self.end_B1)
         self.words_BL = self.targets_BL & (self.place_L < self.end_B1)
         self.n_BL = (self.end_B1 - 1 - self.place_L).clamp(min=1)

@@ -8,7 +8,8 @@ tells a word's place. Three tasks are trained:
 * annotate: the genes, <PCT>, then the cell types (to be predicted) and <E>;
 * describe: the genes, the task's token, then the other metadata (to be predicted) and <E>.
 
-A sentence is as long as the context at most: genes that find no room are left out. How often each task is trained is
+In training a sentence is as long as the context at most: genes that find no room are left out, a random part of them,
+and where genes were to be predicted, <E> is not, since the cell does not end there. How often each task is trained is
 not published; here a cell's tasks are equally frequent. A cell without cell type words is not annotated, one without
 other metadata not described: nothing is known that could be asked for. A part of the sentences to be generated may go
 without the words in front (`unprompted`), so that genes are also continued from genes alone.
@@ -80,6 +81,8 @@ class Sentences(NamedTuple):
     """int64 [B], the words at the end of each sentence that are to be predicted, <E> among them."""
     task_B: np.ndarray
     """int64 [B], `GENERATE`, `ANNOTATE` or `DESCRIBE`."""
+    ends_B: np.ndarray
+    """bool [B], whether <E> is to be predicted: not where genes are and some found no room."""
 
 
 def bin_values(cells: CellBatch) -> np.ndarray:
@@ -112,7 +115,8 @@ def embed(cells: CellBatch, tokens: Tokens, *, limit: int = CONTEXT) -> Sentence
     order_N = argsort_within(known.offsets, ~token_N.view(np.uint32))
     task = Words(np.arange(len(cells) + 1), np.full(len(cells), tokens.annotate, np.int32))
     genes, bins_N = _gene_words(known, token_N, order_N, limit - 1)
-    return _sentences([], genes, bins_N, [task], np.zeros(len(cells), np.int64), np.full(len(cells), ANNOTATE))
+    by_cell = np.zeros(len(cells), np.int64), np.full(len(cells), ANNOTATE), np.zeros(len(cells), bool)
+    return _sentences([], genes, bins_N, [task], *by_cell)
 
 
 def pretrain(
@@ -163,7 +167,8 @@ def pretrain(
     others_B = sum(np.diff(words.offsets) for words in [*front, *behind])
     genes, bins_N = _gene_words(known, token_N, order_N, limit - others_B)
     targets_B = np.where(generate_B, np.diff(genes.offsets), 0) + sum(np.diff(words.offsets) for words in answers) + 1
-    return _sentences(front, genes, bins_N, behind, targets_B, task_B)
+    ends_B = ~generate_B | (np.diff(genes.offsets) == known.lengths)
+    return _sentences(front, genes, bins_N, behind, targets_B, task_B, ends_B)
 
 
 def _largest(offsets: np.ndarray, values_N: np.ndarray) -> np.ndarray:
@@ -205,13 +210,13 @@ def _only(words: Words, kept_B: np.ndarray) -> Words:
 
 
 def _sentences(
-    front: list[Words], genes: Words, bins_N: np.ndarray, behind: list[Words], targets_B: np.ndarray, task_B: np.ndarray
+    front: list[Words], genes: Words, bins_N: np.ndarray, behind: list[Words], *by_cell: np.ndarray
 ) -> Sentences:
-    """All words of a cell one after the other."""
+    """All words of a cell one after the other; `by_cell` are the other fields."""
     parts = [*front, genes, *behind]
     offsets, places = join([words.offsets for words in parts])
     tokens, values = np.empty(offsets[-1], np.int32), np.zeros(offsets[-1], np.int32)
     for words, place in zip(parts, places, strict=True):
         tokens[place] = words.tokens
     values[places[len(front)]] = bins_N
-    return Sentences(offsets, tokens, values, targets_B, task_B)
+    return Sentences(offsets, tokens, values, *by_cell)
