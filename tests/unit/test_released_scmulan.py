@@ -2,13 +2,16 @@
 
 import gzip
 import json
+import math
 import os
 import re
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from cellmill.checkpoints import model_tensors
 from cellmill.errors import CellmillError
 from cellmill.models.base import parameter_counts
@@ -75,6 +78,75 @@ def test_what_is_written_is_read_back(released):
         for pooling in model.poolings:
             a, b = (m.embed_cells(m.embed_inputs(cells), pooling) for m in (model, again.model))
             assert torch.equal(a, b)
+
+
+def published_forward(tensors: dict, n_heads: int, words: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
+    """States [L, D], logits and values [L, T] of one sentence, from the released names and the published arithmetic."""
+    tokens, values = torch.tensor(words).T
+    x_LD = tensors["transformer.wte.weight"][tokens] + tensors["transformer.wee.weight"][values]
+    length, width = x_LD.shape
+
+    def normed(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(x, (width,), tensors[name], eps=1e-5)
+
+    for i in range(sum(name.endswith("ln_1.weight") for name in tensors)):
+        block = f"transformer.h.{i}."
+        q, k, v = (normed(x_LD, block + "ln_1.weight") @ tensors[block + "attn.c_attn.weight"].T).split(width, dim=1)
+        heads = []
+        for q_h, k_h, v_h in zip(*(part.split(width // n_heads, dim=1) for part in (q, k, v)), strict=True):
+            scores_LL = q_h @ k_h.T / math.sqrt(width // n_heads)
+            future_LL = torch.ones(length, length).triu(1).bool()
+            heads.append(scores_LL.masked_fill(future_LL, -torch.inf).softmax(1) @ v_h)
+        x_LD = x_LD + torch.cat(heads, 1) @ tensors[block + "attn.c_proj.weight"].T
+        a = normed(x_LD, block + "ln_2.weight") @ tensors[block + "mlp.c_fc.weight"].T
+        a = a / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
+        x_LD = x_LD + a @ tensors[block + "mlp.c_proj.weight"].T
+    h_LD = normed(x_LD, "transformer.ln_f.weight")
+    return h_LD, h_LD @ tensors["lm_head.weight"].T, h_LD @ tensors["epx_head.weight"].T
+
+
+def published_reading(tensors: dict, n_heads: int, words: list[tuple[int, int]]) -> tuple[torch.Tensor, list[int]]:
+    """The last word but one's state in the last of at most three forwards, and what was said, of one cell."""
+    said = []
+    for _ in range(3):
+        h_LD, logits_LT, values_LT = published_forward(tensors, n_heads, words)
+        logits_T = logits_LT[-1].clone()
+        logits_T[[token for token, _ in words[:-1]]] = -torch.inf
+        token = int(logits_T.argmax())
+        words = [*words, (token, round(min(max(float(values_LT[-1, token]), 0), 10)))]
+        said.append(token)
+        if token == 0:
+            break
+    return h_LD[-2], said
+
+
+def test_the_arithmetic_is_the_published_one(released):
+    """From the file alone: states and both heads, and the released pooling cell by cell, however the model goes on."""
+    model, folder = released
+    random = np.random.default_rng(0)
+    cells = [{int(g): int(random.integers(1, 90)) for g in random.permutation(9)[: 1 + i % 9]} for i in range(120)]
+    inputs = model.embed_inputs(make_batch(cells))
+    content = content_of(folder)
+    content["model"]["epx_head.weight"] *= 5  # values of 0 to 10
+    content["model"]["lm_head.weight"][[0, model.pct]] = torch.randn(2, 12, generator=torch.Generator().manual_seed(14))
+    torch.save(content, folder / WEIGHTS)
+    tensors, model = content["model"], read_released("scmulan", folder).model
+    with torch.inference_mode():
+        h_BLD = model.encode(inputs["tokens"], inputs["values"])
+        states_BD = model.embed_cells(inputs, "released")
+        said = []
+        for row in range(len(cells)):
+            n = int(inputs["lengths"][row])
+            words = list(zip(inputs["tokens"][row, :n].tolist(), inputs["values"][row, :n].tolist(), strict=True))
+            h_LD, logits_LT, values_LT = published_forward(tensors, SIZES.n_heads, words)
+            torch.testing.assert_close(h_BLD[row, :n], h_LD, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(model.logits(h_BLD[row, :n]), logits_LT, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(model.bins(h_BLD[row, :n]), values_LT, atol=1e-5, rtol=1e-5)
+            state_D, tokens = published_reading(tensors, SIZES.n_heads, words)
+            torch.testing.assert_close(states_BD[row], state_D, atol=1e-5, rtol=1e-5)
+            said.append(tokens)
+    assert {len(tokens) for tokens in said} == {1, 2, 3}  # with <E> as the first word, as the second, or neither
+    assert {model.pct, 0} < {tokens[0] for tokens in said}  # <PCT> may be said again
 
 
 def test_a_released_file_comes_back_as_it_was(released, tmp_path):
@@ -214,6 +286,8 @@ def test_foreign_weights_are_refused(released):
     content = content_of(folder)
     tensors, arguments = content["model"], content["model_args"]
     name = "transformer.h.1.mlp.c_fc.weight"
+    no_bias_said = {n: v for n, v in arguments.items() if n != "bias"}
+    biases = {f"transformer.h.{i}.ln_1.bias": torch.ones(12) for i in range(2)}
     for changes, fault in (
         (
             {"model": {n: t for n, t in tensors.items() if n != name}},
@@ -227,6 +301,10 @@ def test_foreign_weights_are_refused(released):
         ({"model_args": arguments | {"n_layer": 3}}, "lacks 6 of the"),
         ({"model_args": arguments | {"n_head": 5}}, "model_args are impossible"),
         ({"model_args": arguments | {"bias": True}}, "is of another scMulan"),
+        (
+            {"model_args": no_bias_said, "model": tensors | biases},
+            "holds 2 biases (the first is transformer.h.0.ln_1.bias)",
+        ),
         ({"model_args": arguments | {"expression_level": 50}}, "is of another scMulan"),
     ):
         torch.save(content, folder / WEIGHTS)
