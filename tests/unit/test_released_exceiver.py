@@ -1,10 +1,13 @@
 """Exceiver's published layout: the real weights against torch's own modules, exports, and what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from cellmill.checkpoints import model_tensors
 from cellmill.errors import CellmillError
+from cellmill.models.base import GeneStatistics
 from cellmill.models.exceiver import Exceiver
 from cellmill.released.exceiver import GENES, WEIGHTS, read, write
 from cellmill.released.files import read_torch
@@ -13,6 +16,8 @@ from model_cells import make_batch, real_statistics
 from shard_cells import real_cells
 from torch import nn
 
+CROSS_HEADS = 4
+"""Of the published cross-attentions, whatever nhead."""
 SIZES = {"width": 8, "n_latents": 3, "n_layers": 2, "n_heads": 2, "hidden": 12}
 N_GENES = 10
 
@@ -61,8 +66,8 @@ class Plain(nn.Module):
         super().__init__()
         self.query_emb = nn.Parameter(torch.empty(n_latents, width))
         self.gene_emb = nn.Embedding(n_genes + 1, width, padding_idx=n_genes)
-        self.encoder_cross_attn = self.cross(width, n_heads)
-        self.decoder_cross_attn = self.cross(width, n_heads)
+        self.encoder_cross_attn = self.cross(width, CROSS_HEADS)
+        self.decoder_cross_attn = self.cross(width, CROSS_HEADS)
         layer = nn.TransformerEncoderLayer(width, n_heads, hidden, dropout=0.0, activation="gelu", batch_first=True)
         self.process_self_attn = nn.Module()
         self.process_self_attn.encoder_layer = layer
@@ -165,6 +170,59 @@ def test_the_real_weights_come_back(published, tmp_path):
     assert all(torch.equal(original[name], written[name]) for name in original)
 
 
+@pytest.mark.parametrize("n_heads", [1, 2, 4])
+def test_an_export_equals_torchs_own_modules(tmp_path, n_heads):
+    """Without the settings that the authors' code has no names for, as it writes its checkpoints."""
+    write(small_model(n_heads=n_heads, mask_mode="released", prototype_layer=True), meta(), tmp_path)
+    content = torch.load(tmp_path / WEIGHTS, weights_only=True)
+    for name in ("n_cross_heads", "min_cells", "mask_mode", "n_mask"):
+        content["hyper_parameters"].pop(name)
+    torch.save(content, tmp_path / WEIGHTS)
+    model, _, _ = read(tmp_path / WEIGHTS, genes=tmp_path / GENES)
+    model.n_hidden.fill_(2)
+    reference, cells = plain(tmp_path / WEIGHTS), make_batch([{0: 3, 4: 1, 7: 2, 8: 9}, {1: 1, 2: 5, 3: 2, 6: 1, 9: 4}])
+    with torch.inference_mode():
+        expected = reference.latents(*full_view(model, cells)).flatten(1)
+        torch.testing.assert_close(model.embed_cells(model.embed_inputs(cells)), expected, atol=1e-5, rtol=1e-5)
+        inputs = model.pretrain_inputs(cells, seed=0, step=None)
+        asked = inputs["asked"]
+        latents = reference.latents(*full_view(model, cells, asked.numpy()))
+        error = (reference.predict(latents, asked) - inputs["targets"]).square().sum()
+        torch.testing.assert_close(model(inputs)["mse"].sum, error, atol=1e-4, rtol=1e-5)
+
+
+def test_an_export_with_genes_of_few_cells_comes_back(tmp_path):
+    model = small_model(min_cells=5)
+    statistics = GeneStatistics(
+        nonzero_cells=torch.tensor([9, 4, 5, 30, 0, 6, 7, 8, 3, 5]),
+        median_nonzero_cp10k=torch.ones(N_GENES),
+        mean_log1p_cp10k=torch.rand(N_GENES).index_fill(0, torch.tensor([4]), torch.nan),
+        std_log1p_cp10k=torch.rand(N_GENES).index_fill(0, torch.tensor([4]), torch.nan),
+        median_genes=torch.tensor(14.0),
+    )
+    model.set_statistics(statistics)
+    write(model, meta(), tmp_path)
+    again, _, remarks = read(tmp_path / WEIGHTS, genes=tmp_path / GENES)
+    assert remarks == []
+    assert again.sizes == replace(model.sizes, mask_mode="paper", prototype_layer=True)
+    assert again.std.isnan().nonzero()[:, 0].tolist() == [1, 4, 8]
+    assert again.mean.isnan().nonzero()[:, 0].tolist() == [4]
+    for name in ("mean", "std", "n_hidden"):
+        torch.testing.assert_close(getattr(again, name), getattr(model, name), rtol=0, atol=0, equal_nan=True)
+    cells = make_batch([{0: 3, 1: 1, 7: 2, 8: 9}])
+    assert again.embed_inputs(cells)["genes"].tolist() == [[0, 7]]
+    assert torch.equal(model.embed_cells(model.embed_inputs(cells)), again.embed_cells(again.embed_inputs(cells)))
+    again.set_statistics(replace(statistics, nonzero_cells=torch.full((N_GENES,), 4)))  # the size came back, too
+    with pytest.raises(CellmillError, match="min_cells 5"):
+        again.embed_inputs(cells)
+
+
+@pytest.mark.parametrize("n_cross_heads", [1, 8])
+def test_other_cross_heads_come_back(tmp_path, n_cross_heads):
+    write(small_model(n_cross_heads=n_cross_heads), meta(), tmp_path)
+    assert read(tmp_path / WEIGHTS).model.sizes.n_cross_heads == n_cross_heads
+
+
 @pytest.mark.parametrize("prototype", [False, True])
 @pytest.mark.parametrize("mask_mode", ["paper", "released"])
 def test_an_export_comes_back(tmp_path, mask_mode, prototype):
@@ -217,6 +275,13 @@ def test_a_list_of_genes_has_no_standardiser(tmp_path):
         (lambda content: content["hyper_parameters"].update(seq_len=11), "other shapes.*gene_emb"),
         (lambda content: content["hyper_parameters"].update(nhead=3), "width 8 is no multiple of n_heads 3"),
         (lambda content: content["hyper_parameters"].update(num_layers=3), "lacks 12 of the"),
+        (lambda content: content["hyper_parameters"].update(n_mask="2"), "n_mask is no whole number"),
+        (lambda content: content["hyper_parameters"].update(n_mask=2.5), "n_mask is no whole number"),
+        (lambda content: content["hyper_parameters"].update(n_mask=-1), "n_mask is no whole number"),
+        (lambda content: content["hyper_parameters"].update(n_mask=11), "n_mask is no whole number that fits"),
+        (lambda content: content["hyper_parameters"].update(n_cross_heads=0), "n_cross_heads is no whole number"),
+        (lambda content: content["hyper_parameters"].update(n_cross_heads=3), "no multiple of n_cross_heads 3"),
+        (lambda content: content["hyper_parameters"].update(min_cells=2**70), "min_cells is no whole number"),
         (lambda content: content["state_dict"].pop("query_emb"), "lacks 1 of the.*query_emb"),
         (lambda content: content["state_dict"]["query_emb"].fill_(torch.nan), "not finite"),
         (lambda content: content.pop("state_dict"), "holds no state_dict"),
@@ -253,6 +318,9 @@ def test_code_is_refused(tmp_path, capsys):
         ("gene\tmean\tstd\n" + "".join(f"G{i}\tx\t1\n" for i in range(10)), "no number"),
         ("gene\tmean\tstd\n" + "".join(f"G{i}\t1\t-1\n" for i in range(10)), "no usable mean and std of G0"),
         ("gene\tmean\tstd\n" + "".join(f"G{i}\tnan\tnan\n" for i in range(10)), "no usable mean and std"),
+        ("gene\tmean\tstd\n" + "".join(f"G{i}\t1\tnan\n" for i in range(10)), "no usable mean and std"),
+        ("gene\tmean\tstd\n" + "".join(f"G{i}\tnan\t1\n" for i in range(10)), "no usable mean and std of G0"),
+        ("gene\tmean\tstd\n" + "".join(f"G{i}\t1\tinf\n" for i in range(10)), "no usable mean and std of G0"),
     ],
 )
 def test_foreign_genes_are_refused(tmp_path, text, sentence):

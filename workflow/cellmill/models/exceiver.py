@@ -137,6 +137,7 @@ class Exceiver(CellModel):
         "published": Sizes(width=4, n_latents=128, n_layers=8, n_heads=4, hidden=2048, prototype_layer=True),
     }
     published_genes: ClassVar[dict[str, int]] = {"published": 19_067}
+    released_totals = "known"
     poolings = ("latents", "mean")
 
     def __init__(self, sizes: Sizes, n_genes: int, statistics: GeneStatistics | None = None, categories=None):

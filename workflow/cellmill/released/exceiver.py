@@ -17,7 +17,7 @@ from cellmill.checkpoints import model_tensors
 from cellmill.errors import CellmillError
 from cellmill.files import atomic
 from cellmill.models.exceiver import Exceiver, Sizes
-from cellmill.released.files import Released, fill, ignored, read_torch, state_dict_of
+from cellmill.released.files import Released, build, check_depth, fill, ignored, read_torch, state_dict_of
 
 WEIGHTS, GENES = "exceiver.ckpt", "genes.tsv"
 HEADER = ["gene", "mean", "std"]
@@ -32,6 +32,9 @@ SETTINGS = {
     "nhead": "number of heads",
     "dim_feedforward": "width of the feed-forward network",
 }
+OURS = {"n_cross_heads": 4, "min_cells": 1, "n_mask": 0}
+"""Settings that the authors' code has no names for, and what they are in its checkpoints; n_mask 0: not known."""
+MAX_CELLS = 2**31
 STATISTICS = ("mean", "std", "n_hidden")
 """Buffers of ours that the layout has no place for."""
 
@@ -60,16 +63,19 @@ def read(path: Path, *, genes: Path | None = None) -> Released:
             f"{path} does not say its {SETTINGS[missing[0]]} (hyper_parameters.{missing[0]}); give the published "
             "Lightning checkpoint"
         )
+    _complete(settings, path)
     if settings["seq_dim"] != settings["query_dim"]:
         raise CellmillError(
             f"{path} has genes of width {settings['seq_dim']} and latents of width {settings['query_dim']}; "
             "only equal widths, as published, can be read"
         )
     tensors = state_dict_of(content.get("state_dict"), path)
-    model = Exceiver(_sizes(settings, tensors), settings["seq_len"]).eval()
+    check_depth(settings["num_layers"], tensors, path)
+    sizes, n_genes = _sizes(settings, tensors), settings["seq_len"]
+    remarks = _drop_class_query(tensors, n_genes, path)
+    model = build(lambda: Exceiver(sizes, n_genes), tensor_names, tensors, path).eval()
     model.mean.zero_()
     model.std.fill_(1)
-    remarks = _drop_class_query(tensors, model.n_genes, path)
     names = tensor_names(model)
     own = {f"ours.{name}": model_tensors(model)[name] for name in STATISTICS}
     fill(model, tensors | own, names | {name: f"ours.{name}" for name in STATISTICS}, path)
@@ -86,7 +92,7 @@ def read(path: Path, *, genes: Path | None = None) -> Released:
         if standardiser is not None:
             model.mean.copy_(standardiser[0])
             model.std.copy_(standardiser[1])
-            model.n_hidden.fill_(settings.get("n_mask", 0))
+            model.n_hidden.fill_(settings["n_mask"])
             return Released(model, gene_names, remarks)
     remarks.append(
         f"{path.name}: log1p(CP10k) is not standardised (mean 0, standard deviation 1), since the weights hold no "
@@ -117,6 +123,8 @@ def write(model: Exceiver, meta: dict, out: Path) -> None:
         "nhead": sizes.n_heads,
         "dim_feedforward": sizes.hidden,
         "dropout": 0.0,
+        "n_cross_heads": sizes.n_cross_heads,
+        "min_cells": sizes.min_cells,
         "mask_mode": sizes.mask_mode,
         "n_mask": int(model.n_hidden),
     }
@@ -170,9 +178,22 @@ def _sizes(settings: dict, tensors: dict[str, Tensor]) -> Sizes:
         n_layers=settings["num_layers"],
         n_heads=settings["nhead"],
         hidden=settings["dim_feedforward"],
+        n_cross_heads=settings["n_cross_heads"],
+        min_cells=settings["min_cells"],
         mask_mode="paper" if settings.get("mask_mode") == "paper" else "released",
         prototype_layer=any(name.startswith(f"{PROTOTYPE}.") for name in tensors),
     )
+
+
+def _complete(settings: dict, path: Path) -> None:
+    """Put in, and check, the settings that our exports hold and the authors' code has no names for."""
+    largest = {"n_cross_heads": settings["query_dim"], "min_cells": MAX_CELLS, "n_mask": settings["seq_len"]}
+    for name, default in OURS.items():
+        value = settings.setdefault(name, default)
+        if type(value) is not int or not min(default, 1) <= value <= largest[name]:
+            raise CellmillError(
+                f"{path}: hyper_parameters.{name} is no whole number that fits the model; export the model again"
+            )
 
 
 def _is_size(value) -> bool:
@@ -185,7 +206,7 @@ def _drop_class_query(tensors: dict[str, Tensor], n_genes: int, path: Path) -> l
     In place; returns what to remark.
     """
     table = tensors.get("gene_emb.weight")
-    if "mlp_classify.0.weight" not in tensors or table is None or len(table) != n_genes + 2:
+    if "mlp_classify.0.weight" not in tensors or table is None or table.shape[:1] != (n_genes + 2,):
         return []
     tensors["gene_emb.weight"] = table[:-1]
     return [f"{path.name}: the classifier's query, the last row of gene_emb.weight, is not used"]
@@ -224,11 +245,11 @@ def read_genes(path: Path, n_genes: int) -> tuple[list[str], Tensor | None]:
     wrong = [
         gene
         for gene, mean, std in zip(genes, *standardiser.tolist(), strict=True)
-        if math.isnan(mean) != math.isnan(std) or math.isinf(mean) or std < 0 or math.isinf(std)
+        if (math.isnan(mean) and not math.isnan(std)) or math.isinf(mean) or math.isinf(std) or std < 0
     ]
-    if wrong or standardiser.isnan().all():
+    if wrong or standardiser[1].isnan().all():
         raise CellmillError(
             f"{path} holds no usable mean and std{f' of {wrong[0]}' if wrong else ''}; give finite ones, std at least "
-            "0, or nan for both where no cell expresses the gene"
+            "0, nan for the std of a gene that is not to be read, or nan for both where no cell expresses it"
         )
     return genes, standardiser
