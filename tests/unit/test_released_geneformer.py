@@ -195,6 +195,20 @@ def test_settings_that_do_not_fit(released, change, message):
         read_released("geneformer", folder)
 
 
+def test_the_activation_is_to_be_said(released):
+    """Of the settings that all Geneformers share it alone is not Hugging Face's default."""
+    model, folder = released
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("layer_norm_eps", "pad_token_id", "type_vocab_size", "position_embedding_type"):
+        config.pop(name)
+    (folder / "config.json").write_text(json.dumps(config))
+    same_tensors(model, read_released("geneformer", folder).model)
+    config.pop("hidden_act")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CellmillError, match="hidden_act is None, a Geneformer's is 'relu'"):
+        read_released("geneformer", folder)
+
+
 def dictionary(*tokens, start=0) -> dict:
     return {token: number for number, token in enumerate(tokens, start)}
 
