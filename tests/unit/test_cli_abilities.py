@@ -1,14 +1,18 @@
 """The abilities from the command line, on real cells and small random models."""
 
 import dataclasses
+import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cellmill.checkpoints import build_model, save_checkpoint
+from cellmill.checkpoints import build_model, save_checkpoint, vocabulary_hash
 from cellmill.cli import app
+from cellmill.cli_abilities import Opened
 from cellmill.recipes import ModelRecipe
 from cellmill.shards.statistics import compute_statistics
+from cellmill.vocabulary import SCHEMA
 from small_runs import META, N_GENES, RECIPES, make_corpus, make_shards
 from typer.testing import CliRunner
 
@@ -86,6 +90,30 @@ def test_perturb(folder, tmp_path):
     assert cells["joinid"].nunique() == 6
     assert set(rows["feature_id"]) <= set(GENES)
     assert (cells["cell_shift"].dropna() >= -1e-6).all()
+
+
+def test_cells_of_another_vocabulary(folder, data, tmp_path):
+    """Genes go by symbol, the first of two that share one; scFoundation's totals are over the genes that it has."""
+    ids = [*GENES[2000:], *(f"ENSG9{gene:010d}" for gene in range(2000))]  # the models know the first thousand
+    names = [f"S{place}" for place in range(N_GENES)]
+    names[7] = names[4]
+    columns = {"feature_id": ids, "feature_name": names}
+    rows = {field.name: pa.array(columns.get(field.name, [None] * N_GENES), field.type) for field in SCHEMA}
+    vocabulary = tmp_path / "homo_sapiens.parquet"
+    pq.write_table(pa.table(rows, schema=SCHEMA), vocabulary)
+    cells = make_shards(tmp_path / "cells", data, {"all": np.arange(400, 410)}, cells_per_shard=20)
+    manifest = json.loads((cells.folder / "manifest.json").read_text())
+    manifest["vocabulary"]["hash"] = vocabulary_hash(ids)
+    (cells.folder / "manifest.json").write_text(json.dumps(manifest))
+
+    opened = {name: Opened(folder / name, cells.folder, "all", vocabulary) for name in ("scfoundation", "scgpt")}
+    assert opened["scgpt"].gene_ids(["S4", GENES[3]]).tolist() == [2004, 3]
+    read = {name: next(one.cells()) for name, one in opened.items()}
+    raw = next(cells.batches("all", 10))
+    assert read["scgpt"].totals.tolist() == raw.totals.tolist()
+    sums = [raw.counts[raw.cell_of == row][raw.genes[raw.cell_of == row] < 1000].sum() for row in range(10)]
+    assert read["scfoundation"].totals.tolist() == sums
+    assert read["scfoundation"].genes.min() >= 2000
 
 
 def test_a_model_of_another_kind_and_foreign_cells_are_refused(folder, data, tmp_path):

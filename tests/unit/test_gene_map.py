@@ -21,6 +21,17 @@ def test_symbols_and_ids_are_matched_and_cells_stay_sorted():
     assert GeneMap(IDS, NAMES, ["ENSG02.7", "X", "ENSG04"]).gene_V.tolist() == [-1, 0, -1, 2]
 
 
+def test_totals_of_all_genes_or_of_known_ones():
+    cells = make_batch([{0: 5, 1: 6, 3: 7}, {3: 4}, {}, {2: 8}], totals=[20, 9, 3, 8])
+    by_symbol = GeneMap(IDS, NAMES, ["ACTB", "AC1.2", "TP53"])  # the second ACTB is unknown
+    assert by_symbol.apply(cells).totals.tolist() == by_symbol.apply(cells, "all").totals.tolist() == [20, 9, 3, 8]
+    known = by_symbol.apply(cells, "known")
+    assert known.totals.tolist() == [11, 0, 0, 8]
+    assert known.genes.tolist() == by_symbol.apply(cells).genes.tolist()
+    assert known.counts.tolist() == [6, 5, 8]
+    assert GeneMap(IDS, NAMES, IDS).apply(cells, "known").totals.tolist() == [18, 4, 0, 8]
+
+
 def test_an_order_that_stays_is_kept():
     cells = make_batch([{0: 5, 1: 6, 3: 7}])
     same = GeneMap(IDS, NAMES, IDS).apply(cells)

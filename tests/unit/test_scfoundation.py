@@ -13,6 +13,7 @@ from cellmill.models.base import parameter_counts, total_loss
 from cellmill.models.scfoundation import Scfoundation, draw_projection, mask_probability, performer
 from cellmill.shards.batch import CellBatch
 from cellmill.views import scfoundation as views
+from cellmill.views.ragged import log1p_cp10k
 from model_cells import assert_cells_are_independent, make_batch, train
 from shard_cells import real_cells
 from small_runs import few_genes
@@ -208,8 +209,50 @@ def test_decoder_by_the_long_way(model, blood):
         assert term.count == len(asked)
 
 
-def test_hidden_genes_are_not_seen(model, blood):
-    """A hidden gene's value reaches nothing: another value there gives the same prediction."""
+def test_hidden_genes_are_not_seen_in_training(blood):
+    """Other counts at hidden genes change no input but random values, which are drawn from all genes of the cell.
+
+    Cells of fewer than 1,000 counts are not thinned, and totals are held, so the other genes' values are the same.
+    """
+    model = Scfoundation(TINY, N_GENES)
+    cells = blood.take(np.flatnonzero(blood.lengths > 0)[:40])
+    cells = CellBatch(cells.joinids, cells.offsets, cells.genes, cells.counts, np.minimum(cells.totals, 999))
+    inputs = model.pretrain_inputs(cells, seed=0, step=3)
+    rows, columns = inputs["hidden"].nonzero(as_tuple=True)
+    hidden_BV = np.zeros((len(cells), N_GENES + 3), bool)
+    hidden_BV[rows, inputs["asked"][rows, columns]] = True
+    hidden_N = hidden_BV[cells.cell_of, cells.genes]
+    assert hidden_N.sum() > 1000
+    counts = np.where(hidden_N, cells.counts + 7, cells.counts)
+    other = model.pretrain_inputs(
+        CellBatch(cells.joinids, cells.offsets, cells.genes, counts, cells.totals), seed=0, step=3
+    )
+    for name in ("tokens", "unread", "asked", "hidden"):
+        assert torch.equal(inputs[name], other[name]), name
+    assert not torch.equal(inputs["targets"], other["targets"])
+
+    asked_BV = np.zeros_like(hidden_BV)
+    rows, columns = (inputs["asked"] != model.pad).nonzero(as_tuple=True)
+    asked_BV[rows, inputs["asked"][rows, columns]] = True
+    own_BV = np.zeros(hidden_BV.shape, np.float32)
+    own_BV[cells.cell_of, cells.genes] = log1p_cp10k(cells)
+    tokens_BE = inputs["tokens"].numpy()
+    row_E, column_E = np.nonzero((tokens_BE != model.pad) & (np.arange(tokens_BE.shape[1]) >= 2))
+    row_U, token_U = np.divmod(inputs["unread"].numpy(), N_GENES + 3)
+    rows, genes = np.concatenate([row_E, row_U]), np.concatenate([tokens_BE[row_E, column_E], token_U])
+    one, two = (np.concatenate([x["values"].numpy()[row_E, column_E], x["unread_values"]]) for x in (inputs, other))
+    masked = asked_BV[rows, genes]
+    assert not hidden_BV[rows, genes].any()
+    np.testing.assert_allclose(one[~masked], own_BV[rows, genes][~masked], rtol=1e-6)
+    np.testing.assert_array_equal(one[~masked], two[~masked])
+    # of the masked genes that are shown, one half are left as they are, and their counts are the same
+    changed = (one != two)[masked]
+    assert 0 < changed.sum() < 0.5 * masked.sum()
+    assert torch.equal(inputs["values"][:, :2], other["values"][:, :2])
+
+
+def test_genes_asked_for_are_not_seen(model, blood):
+    """The mask stands in the place of every gene that is asked for, so one changes what another is thought to be."""
     cells = blood.take([0])
     visible = np.ones(len(cells.genes), bool)
     hidden = np.arange(0, len(cells.genes), 5)
@@ -449,6 +492,23 @@ def test_learns_below_the_trivial_baseline(blood):
     trivial = model.fit_trivial([cells])
     baseline = total_loss(model.trivial_losses(model.pretrain_inputs(cells, seed=0, step=None), trivial))
     assert train(model, cells, steps=200, learning_rate=1e-2) < baseline.item()
+
+
+def test_embeddings_may_be_asked_at_one_depth(model, blood):
+    """T is that of `embedding_depth` in embeddings; imputation, and a depth that is given, keep theirs."""
+    cells = blood.take(np.arange(6))
+    deep = Scfoundation(replace(TINY, embedding_depth=4.0), N_GENES).eval()
+    deep.load_state_dict(model.state_dict())
+    own = np.log10(cells.totals)
+    inputs = deep.embed_inputs(cells)
+    assert inputs["values"][:, 0].tolist() == [4] * 6
+    assert inputs["values"][:, 1].tolist() == pytest.approx(own)
+    assert model.embed_inputs(cells)["values"][:, 0].tolist() == pytest.approx(own)
+    assert deep.embed_inputs(cells, np.full(6, 100))["values"][:, 0].tolist() == [2] * 6
+    assert deep.impute_inputs(cells, np.zeros((6, 1)))["values"][:, 0].tolist() == pytest.approx(own)
+    with torch.no_grad():
+        moved = deep.embed_cells(inputs) - model.embed_cells(model.embed_inputs(cells))
+    assert moved.abs().max() > 1e-3
 
 
 def test_impossible_sizes():

@@ -262,6 +262,22 @@ def test_a_model_is_asked_whatever_the_batches(asked):
     assert one["auroc"] > 0.5, "expressed genes stand together on the list"
 
 
+def test_no_more_cells_at_once_than_a_model_can(asked):
+    taken = []
+
+    class Large(Neighbourly):
+        impute_cells = 5
+
+        def impute_inputs(self, cells, genes_BQ):
+            taken.append(len(cells))
+            return super().impute_inputs(cells, genes_BQ)
+
+    few, many = (measure(answers_of(kind(N_GENES)), asked, 16) for kind in (Large, Neighbourly))
+    assert few[0] == pytest.approx(many[0], rel=1e-12)
+    assert max(taken) == 5
+    assert sum(taken) == asked.n_cells + sum(len(part.cells) for part in asked.calibration)
+
+
 def test_answers_that_are_none(asked):
     values, reasons = measure(answers_of(CellModel(Sizes(), N_GENES)), asked, 16)
     assert set(values.values()) == {None}
