@@ -57,7 +57,12 @@ class Sizes:
     n_layers: int = field(metadata={"description": "Transformer layers.", "ge": 1})
     width: int = field(metadata={"description": "Width of a word's state.", "ge": 1})
     n_heads: int = field(metadata={"description": "Attention heads; divides width.", "ge": 1})
-    max_length: int = field(metadata={"description": "Longest sentence in words.", "ge": 16})
+    max_length: int = field(
+        metadata={
+            "description": "Longest sentence in words, in training and generation; cells are read whole.",
+            "ge": 16,
+        }
+    )
     n_model_genes: int = field(
         default=2000,
         metadata={"description": "Genes that are words: the most variable ones of a larger vocabulary.", "ge": 1},
