@@ -128,6 +128,8 @@ def read_dictionary(path: Path) -> dict:
         _exists(path)
         try:
             content = _Unpickler(io.BytesIO(read_bytes(path))).load()
+        except _RefusedError as error:
+            raise CellmillError(f"{path} is refused: {error}; give the published file") from error
         except CellmillError:
             raise
         except Exception as error:  # a damaged pickle may raise anything
@@ -137,12 +139,16 @@ def read_dictionary(path: Path) -> dict:
     return content
 
 
+class _RefusedError(Exception):
+    """A pickle asks for what is no plain value."""
+
+
 class _Kind:
     """A number's type, in the place of ``numpy.dtype``: that one lets a pickle make an object of any bytes."""
 
     def __init__(self, name: str, *_):
         if not (isinstance(name, str) and re.fullmatch(r"[<>=|]?[biuf][1248]", name)):
-            raise CellmillError(f"the pickle is refused: it asks for numpy values of type {name!r:.40}, not numbers")
+            raise _RefusedError(f"it asks for numpy values of type {name!r:.40}, not numbers")
         self.dtype = np.dtype(name)
 
     def __setstate__(self, state: tuple) -> None:
@@ -161,20 +167,20 @@ class _Made:
         return self._make(*arguments)
 
     def __setstate__(self, state) -> None:
-        raise CellmillError("the pickle is refused: it changes a function; give the published file")
+        raise _RefusedError("it changes a function")
 
 
 def _number(kind: _Kind, content: bytes) -> int | float | bool:
     """A number of numpy's, as Python's."""
     if not (isinstance(kind, _Kind) and isinstance(content, bytes) and len(content) == kind.dtype.itemsize):
-        raise CellmillError("the pickle is refused: it holds a numpy value that is no number; give the published file")
+        raise _RefusedError("it holds a numpy value that is no number")
     return np.frombuffer(content, kind.dtype)[0].item()
 
 
 def _encode(text: str, encoding: str) -> bytes:
     """The bytes of a number, which old pickles hold as text."""
     if not (isinstance(text, str) and encoding == "latin1"):
-        raise CellmillError(f"the pickle is refused: it encodes by {encoding!r:.40}; give the published file")
+        raise _RefusedError(f"it encodes by {encoding!r:.40}")
     return text.encode("latin1")
 
 
@@ -193,9 +199,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         if (module, name) not in PLAIN:
-            raise CellmillError(
-                f"the pickle is refused: it asks for {module}.{name}, which could run code; give the published file"
-            )
+            raise _RefusedError(f"it asks for {module}.{name}, which could run code")
         return PLAIN[module, name]
 
 
