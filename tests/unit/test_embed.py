@@ -57,7 +57,8 @@ def test_cells_without_genes_are_embedded(models, data, tmp_path, name):
     for x_BE in results:
         assert np.isfinite(x_BE).all()
         np.testing.assert_allclose(x_BE, results[0], atol=1e-5)
-        np.testing.assert_allclose(x_BE[empty], x_BE[empty[:1]].repeat(3, axis=0), atol=1e-6)
+        if name != "scfoundation":  # which reads the depth of a cell, also of one without genes
+            np.testing.assert_allclose(x_BE[empty], x_BE[empty[:1]].repeat(3, axis=0), atol=1e-6)
 
 
 def test_the_model_is_left_in_its_mode(models, whole):

@@ -44,7 +44,6 @@ def test_sizes(name):
     model_class = load_architecture(name)
     assert resolve_sizes(model_class, "demo", {}) == model_class.presets["demo"]
     assert resolve_sizes(model_class, "demo", {"n_layers": 5}).n_layers == 5
-    assert resolve_sizes(model_class, "demo", {"dropout": 0}).dropout == 0
     with pytest.raises(CellmillError, match="no preset 'huge'; take one of .*demo"):
         resolve_sizes(model_class, "huge", {})
     for overrides, message in {
@@ -53,12 +52,24 @@ def test_sizes(name):
         ("n_layers", 2.5): "must be a whole number",
         ("n_layers", True): "must be a whole number",
         ("n_layers", 0): "must be at least 1",
-        ("dropout", "a"): "must be a number",
-        ("dropout", 1.0): "must be less than 1",
-        ("width", 65): "width 65 is no multiple of n_heads",
+        ("width", 0): "must be at least 1",
     }.items():
         with pytest.raises(CellmillError, match=message):
             resolve_sizes(model_class, "demo", dict([overrides]))
+
+
+@pytest.mark.parametrize("name", [name for name in architectures() if name != "bag"])
+def test_widths_that_no_head_divides_are_refused(name):
+    with pytest.raises(CellmillError, match="width 65 is no multiple of n_(cross_)?heads"):
+        resolve_sizes(load_architecture(name), "demo", {"width": 65})
+
+
+def test_sizes_that_are_shares():
+    model_class = load_architecture("geneformer")
+    assert resolve_sizes(model_class, "demo", {"dropout": 0}).dropout == 0
+    for value, message in (("a", "must be a number"), (1.0, "must be less than 1")):
+        with pytest.raises(CellmillError, match=message):
+            resolve_sizes(model_class, "demo", {"dropout": value})
 
 
 def test_sizes_of_other_kinds():

@@ -156,7 +156,6 @@ def _check_exportable(model: Scfoundation) -> None:
         "hidden": (sizes.hidden, 4 * sizes.width),
         "decoder_hidden": (sizes.decoder_hidden, 4 * sizes.decoder_width),
         "n_features": (sizes.features, int(head * math.log(head))),
-        "max_length": (min(sizes.max_length, model.n_positions), model.n_positions),
     }
     unlike = [f"{name} is {own}, not {theirs}" for name, (own, theirs) in fixed.items() if own != theirs]
     if unlike:

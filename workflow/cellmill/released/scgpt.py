@@ -16,7 +16,7 @@ from cellmill.checkpoints import model_tensors
 from cellmill.errors import CellmillError
 from cellmill.files import atomic
 from cellmill.models.scgpt import PAD_VALUE, Scgpt
-from cellmill.released.files import Released, fill, ignored, read_dictionary, read_torch, state_dict_of, strip
+from cellmill.released.files import Released, build, fill, ignored, read_dictionary, read_torch, state_dict_of, strip
 
 WEIGHTS, SETTINGS, VOCABULARY = "best_model.pt", "args.json", "vocab.json"
 SPECIALS = ("<pad>", "<cls>", "<eoc>")
@@ -73,15 +73,16 @@ def read(path: Path, *, genes: Path | None = None) -> Released:
     names, rows, special_ids, remarks = _vocabulary(vocabulary)
     tensors = _one_spelling(state_dict_of(read_torch(weights), weights), weights)
     sizes = _sizes(settings, tensors, folder)
-    n_rows = len(tensors.get(EMBEDDING, ()))
+    embedding = tensors.get(EMBEDDING)
+    n_rows = 0 if embedding is None or not embedding.ndim else len(embedding)
     if n_rows != len(rows):
         raise CellmillError(
             f"{weights} embeds {n_rows} tokens and {vocabulary} names {len(rows)}; take both from one release"
         )
     tensors[EMBEDDING] = tensors[EMBEDDING][rows]
     tensors["special_ids"] = special_ids
-    model = Scgpt(sizes, len(names)).eval()
-    used = {name: _released_name(name) for name in model_tensors(model)}
+    model = build(lambda: Scgpt(sizes, len(names)), _used, tensors, weights).eval()
+    used = _used(model)
     fill(model, tensors, used, weights)
     return Released(model, names, remarks + ignored(tensors, used, weights))
 
@@ -169,8 +170,13 @@ def _sizes(settings: dict, tensors: dict[str, Tensor], folder: Path) -> Scgpt.Si
     return Scgpt.Sizes(
         **ASSUMED | found,
         flag_embedding=_released_name("flag_embedding.weight") in tensors,
-        n_classes=1 if head is None else len(head),
+        n_classes=len(head) if head is not None and head.ndim else 1,
     )
+
+
+def _used(model: Scgpt) -> dict[str, str]:
+    """The released name of each of the model's tensors."""
+    return {name: _released_name(name) for name in model_tensors(model)}
 
 
 def _released_name(name: str) -> str:
