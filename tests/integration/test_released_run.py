@@ -45,6 +45,7 @@ def test_nothing_is_trained_and_the_rows_say_that_nobody_knows_what_was_seen(fin
     assert set(rows["seed"]) == {0}
     assert set(rows["kind"]) == {"model"}
     assert rows["value"].notna().all()
+    assert set(rows["task"]) == {"annotation", "yardstick"}
     meta = json.loads((finished.results / "released" / "published-exceiver" / "checkpoint.json").read_text())
     assert set(rows["checkpoint"]) == {meta["weights_sha256"]}
     assert "exceiver_tabula_sapiens.ckpt" in meta["released"]["files"]

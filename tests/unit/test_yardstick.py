@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 from cellmill import yardstick
+from cellmill.checkpoints import build_model
 from cellmill.errors import CellmillError
+from cellmill.gene_map import GeneMap
 from cellmill.models.base import CellModel, Imputed
+from cellmill.recipes import ModelRecipe
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.dataset import Shards
 from cellmill.shards.statistics import compute_statistics
@@ -16,7 +19,7 @@ from cellmill.views.ragged import log1p_cp10k
 from cellmill.yardstick import METRICS, Questions, answers_of, ask, measure, questions, score_yardstick
 from cellmill.yardstick_baselines import Components, fit, on_own_line, score_baselines, training_matrix
 from shard_cells import real_cells, write_shards
-from small_runs import N_GENES, few_genes, make_corpus, make_shards, train
+from small_runs import META, N_GENES, few_genes, make_corpus, make_shards, train
 
 PROVENANCE = {"run": "test", "code_version": "c0de", "commit": "abc", "config_hash": "c0ff"}
 
@@ -260,6 +263,31 @@ def test_a_model_is_asked_whatever_the_batches(asked):
     one, other = (measure(answers_of(model), asked, size)[0] for size in (3, 64))
     assert one == pytest.approx(other, rel=1e-9)
     assert one["auroc"] > 0.5, "expressed genes stand together on the list"
+
+
+def test_a_model_of_another_vocabulary_is_asked_through_its_genes(shards, asked):
+    """The same network with its genes in another order, and without some of them."""
+    ids, names = META["feature_ids"], [f"SYMBOL{gene}" for gene in range(N_GENES)]
+    model = build_model(ModelRecipe(architecture="exceiver"), N_GENES, compute_statistics(shards), seed=0)
+    group = asked.held_out[0]
+    plain = answers_of(model)(group)
+    same = answers_of(model, GeneMap(ids, names, ids))(group)
+    torch.testing.assert_close(same.values_BQ, plain.values_BQ, rtol=0, atol=0)
+
+    order = torch.from_numpy(np.random.default_rng(0).permutation(N_GENES))
+    for rows in (model.gene_embedding.weight.data, model.mean, model.std):
+        rows[:N_GENES] = rows[:N_GENES][order].clone()
+    model._of_views = None
+    shuffled = answers_of(model, GeneMap(ids, names, [names[gene] for gene in order]))(group)
+    torch.testing.assert_close(shuffled.values_BQ, plain.values_BQ, rtol=1e-4, atol=1e-4)
+
+    few = answers_of(model, GeneMap(ids, names, [ids[gene] if gene % 2 else "other" for gene in order.tolist()]))(group)
+    known_BQ = torch.from_numpy(group.genes_BQ % 2 == 1)
+    for answer_BQ, known_B, row in zip(few.values_BQ, known_BQ, range(len(known_BQ)), strict=True):
+        assert answer_BQ[known_B].std() > 0, row
+        torch.testing.assert_close(
+            answer_BQ[~known_B], answer_BQ[known_B].mean().expand(int((~known_B).sum())), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_no_more_cells_at_once_than_a_model_can(asked):

@@ -172,7 +172,9 @@ class Flow:
         return [str(file) for file in files] + ([released.genes] if released.genes else [])
 
     def checkpoints(self, wildcards) -> list[str]:
-        """The checkpoints of a model, one per seed."""
+        """The checkpoints of a model, one per seed; of a released one, the one."""
+        if wildcards.model not in self.trained:
+            return [f"{self.results}/released/{wildcards.model}/checkpoint.safetensors"]
         folder = f"{self.results}/pretrain/{wildcards.model}"
         return [f"{folder}/seed{seed}/checkpoint.safetensors" for seed in self.seeds]
 
@@ -180,7 +182,7 @@ class Flow:
         """Every part of the score table."""
         folder = f"{self.results}/scores"
         pretraining = [f"{folder}/pretraining/corpus/{model}.parquet" for model in self.trained]
-        asked = [*self.trained, "baselines"] if self.trained else []
+        asked = [*self.models, "baselines"] if self.models else []
         yardstick = [f"{folder}/yardstick/corpus/{method}.parquet" for method in asked]
         benchmarks = [
             f"{folder}/{task}/{dataset}/{method}.parquet"

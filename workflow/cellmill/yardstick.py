@@ -20,6 +20,7 @@ from cellmill.checkpoints import build_model, load_checkpoint
 from cellmill.device import best_device
 from cellmill.errors import CellmillError
 from cellmill.evaluate_loss import spread_batches
+from cellmill.gene_map import GeneMap
 from cellmill.models.base import CellModel, GeneStatistics, Imputed, to_device
 from cellmill.progress import Progress
 from cellmill.recipes import ModelRecipe
@@ -27,6 +28,7 @@ from cellmill.scores import row
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.dataset import Shards
 from cellmill.views.ragged import Genes, hash_genes, keep_first, log1p_cp10k, offsets_of, random_order, select
+from cellmill.vocabulary import Vocabulary
 
 SEED = 0
 """Every model and every seed of it is asked the same, so that intervals over seeds are of training alone."""
@@ -214,8 +216,12 @@ def batches(asked: list[Asked], batch_size: int) -> Iterator[Asked]:
             yield Asked(group.cells.slice(start, stop), group.genes_BQ[start:stop], group.truth_BQ[start:stop])
 
 
-def answers_of(model: CellModel) -> Answer:
-    """How a model answers: in evaluation mode and float32, at most `CellModel.impute_cells` cells at once."""
+def answers_of(model: CellModel, gene_map: GeneMap | None = None) -> Answer:
+    """How a model answers: in evaluation mode and float32, at most `CellModel.impute_cells` cells at once.
+
+    A model with a vocabulary of its own sees the cells through `gene_map`; of a gene that it does not know it is taken
+    to think what it thinks of the others that the cell was asked for, on the mean.
+    """
     device = best_device()
     model.to(device).eval()
 
@@ -223,11 +229,26 @@ def answers_of(model: CellModel) -> Answer:
         parts = []
         with torch.inference_mode():
             for part in batches([asked], model.impute_cells):
-                inputs = to_device(model.impute_inputs(part.cells, part.genes_BQ), device)
-                parts.append([tensor.float().cpu() for tensor in model.impute(inputs)])
+                cells, genes_BQ = part.cells, part.genes_BQ
+                if gene_map:
+                    cells = gene_map.apply(cells)  # totals stay the whole cell's, as for every model
+                    known_BQ = gene_map.gene_V[genes_BQ] >= 0
+                    # an unknown gene stands for one that is asked for anyway: what else is asked stays the same
+                    stand_in_B = genes_BQ[np.arange(len(genes_BQ)), known_BQ.argmax(1)]
+                    genes_BQ = gene_map.gene_V[np.where(known_BQ, genes_BQ, stand_in_B[:, None])].clip(min=0)
+                inputs = to_device(model.impute_inputs(cells, genes_BQ.astype(np.int64)), device)
+                answers = [tensor.float().cpu() for tensor in model.impute(inputs)]
+                if gene_map:
+                    answers = [_mean_where_unknown(answer_BQ, torch.from_numpy(known_BQ)) for answer_BQ in answers]
+                parts.append(answers)
         return Imputed(*map(torch.cat, zip(*parts, strict=True)))
 
     return answer
+
+
+def _mean_where_unknown(answer_BQ: torch.Tensor, known_BQ: torch.Tensor) -> torch.Tensor:
+    mean_B = (answer_BQ * known_BQ).sum(1) / known_BQ.sum(1).clamp(min=1)
+    return torch.where(known_BQ, answer_BQ, mean_B[:, None])
 
 
 class _Answers(NamedTuple):
@@ -373,6 +394,7 @@ def yardstick_rows(
     seconds: float,
     checkpoint: str | None,
     provenance: dict,
+    seen: str = "no",
 ) -> list[dict]:
     """Rows of the score table for one method and seed: one for each of `METRICS`."""
     return [
@@ -390,7 +412,7 @@ def yardstick_rows(
             n=n_cells,
             seconds=seconds,
             reason=reasons.get(metric),
-            seen="no",
+            seen=seen,
             checkpoint=checkpoint,
             **provenance,
         )
@@ -405,27 +427,33 @@ def score_yardstick(
     statistics: GeneStatistics,
     batch_size: int,
     provenance: dict,
+    vocabulary: Vocabulary | None = None,
 ) -> list[dict]:
-    """Rows for one model: for each seed the trained model and ``NAME.untrained``.
+    """Rows for one model: for each seed the trained model and ``NAME.untrained``; of a released model, itself alone.
 
-    Parameters are those of `cellmill.pretraining_scores.score_pretraining`.
+    Parameters are those of `cellmill.pretraining_scores.score_pretraining`, and `vocabulary`, that of the shards, for a
+    released model, whose genes are matched to it. What cells it was trained on is unknown.
     """
     asked = questions(shards)
     rows = []
     with Progress(f"yardstick of {name}", total=2 * asked.n_cells * len(checkpoints)) as progress:
         for number, folder in enumerate(checkpoints, start=1):
             model, meta = load_checkpoint(folder)
-            shards.check_vocabulary(meta["vocabulary_hash"])
-            untrained = build_model(ModelRecipe.from_dict(meta["recipe"]), shards.n_genes, statistics, meta["seed"])
-            said = []
-            for method, kind, network in ((name, "model", model), (f"{name}.untrained", "untrained", untrained)):
+            networks, gene_map, said = [(name, "model", model)], None, []
+            if vocabulary:
+                gene_map = GeneMap(vocabulary.feature_ids, vocabulary.feature_names, meta["feature_ids"])
+            else:
+                shards.check_vocabulary(meta["vocabulary_hash"])
+                recipe = ModelRecipe.from_dict(meta["recipe"])
+                untrained = build_model(recipe, shards.n_genes, statistics, meta["seed"])
+                networks.append((f"{name}.untrained", "untrained", untrained))
+            for method, kind, network in networks:
                 started = time.monotonic()
-                values, reasons = measure(answers_of(network), asked, batch_size)
+                values, reasons = measure(answers_of(network, gene_map), asked, batch_size)
                 seconds = time.monotonic() - started
                 checkpoint = meta["weights_sha256"] if kind == "model" else None
-                rows += yardstick_rows(
-                    method, kind, meta["seed"], values, reasons, asked.n_cells, seconds, checkpoint, provenance
-                )
+                measured = (values, reasons, asked.n_cells, seconds, checkpoint, provenance)
+                rows += yardstick_rows(method, kind, meta["seed"], *measured, "unknown" if vocabulary else "no")
                 said.append(f"{kind} {'no answer' if values['pearson'] is None else format(values['pearson'], '.3f')}")
             progress.update(
                 2 * asked.n_cells * number, f"seed {meta['seed']}: Pearson of hidden genes, {', '.join(said)}"

@@ -52,6 +52,7 @@ rule score_yardstick:
         checkpoints=flow.checkpoints,
         shards="results/{run}/shards/corpus",
         statistics="results/{run}/statistics.safetensors",
+        vocabulary=flow.foreign_vocabulary,
     output:
         "results/{run}/scores/yardstick/corpus/{model}.parquet",
     log:

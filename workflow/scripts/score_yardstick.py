@@ -8,6 +8,7 @@ from cellmill.job import job
 from cellmill.provenance import git_commit
 from cellmill.shards.dataset import Shards
 from cellmill.shards.statistics import load_statistics
+from cellmill.vocabulary import Vocabulary
 from cellmill.yardstick import score_yardstick
 
 with job(snakemake.log[0]):
@@ -25,5 +26,6 @@ with job(snakemake.log[0]):
             "commit": git_commit(),
             "config_hash": snakemake.params.config_hash,
         },
+        Vocabulary.read(Path(snakemake.input.vocabulary[0])) if snakemake.input.vocabulary else None,
     )
     scores.write(rows, Path(snakemake.output[0]))
