@@ -81,7 +81,8 @@ def _table(title: str, schema: dict) -> str:
 def _rows(schema: dict, definitions: dict, prefix: str) -> list[str]:
     rows = []
     for key, field in schema.get("properties", {}).items():
-        target = definitions.get(field.get("$ref", "").rpartition("/")[2])
+        options = [field, *field.get("anyOf", [])]  # a section, or a section or null
+        target = next((definitions[o["$ref"].rpartition("/")[2]] for o in options if "$ref" in o), None)
         per_name = field.get("additionalProperties", field.get("patternProperties"))
         if isinstance(per_name, dict) and "$ref" not in per_name and len(per_name) == 1:
             per_name = next(iter(per_name.values()))
