@@ -34,7 +34,7 @@ def work(run_folder: Path, model: str) -> dict:
     from cellmill.recipes import ModelRecipe
     from cellmill.shards.dataset import Shards
     from cellmill.shards.statistics import load_statistics
-    from cellmill.training_state import save_state
+    from cellmill.training.state import save_state
 
     shards = Shards(run_folder / "shards" / "corpus")
     statistics = load_statistics(run_folder / "statistics.safetensors")

@@ -19,12 +19,12 @@ from small_runs import RECIPES, make_corpus
 MOMENTS = [
     ("cellmill.pretrain:mean_losses", 1, "before"),  # before anything was saved
     ("cellmill.pretrain:accumulate_gradients", 2, "after"),  # in the second step, between gradient and update
-    ("cellmill.training_state:write_tensors", 1, "half"),  # while the first state is being written
-    ("cellmill.training_state:write_tensors", 1, "after"),  # tensors are there, the log and the record are not
-    ("cellmill.training_state:os.rename", 1, "before"),  # the state is complete under its temporary name
-    ("cellmill.training_state:os.rename", 1, "after"),  # it has its name (step 3), older ones are not removed
-    ("cellmill.training_state:write_tensors", 1, "half"),  # the second state: the first must survive
-    ("cellmill.training_state:os.rename", 1, "after"),  # two complete states, steps 3 and 6
+    ("cellmill.training.state:write_tensors", 1, "half"),  # while the first state is being written
+    ("cellmill.training.state:write_tensors", 1, "after"),  # tensors are there, the log and the record are not
+    ("cellmill.training.state:os.rename", 1, "before"),  # the state is complete under its temporary name
+    ("cellmill.training.state:os.rename", 1, "after"),  # it has its name (step 3), older ones are not removed
+    ("cellmill.training.state:write_tensors", 1, "half"),  # the second state: the first must survive
+    ("cellmill.training.state:os.rename", 1, "after"),  # two complete states, steps 3 and 6
     ("cellmill.pretrain:accumulate_gradients", 2, "before"),
     ("cellmill.pretrain:save_state", 2, "after"),  # step 12, the last
     ("cellmill.checkpoints:write_tensors", 1, "half"),  # while the checkpoint is being written

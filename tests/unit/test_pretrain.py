@@ -16,7 +16,7 @@ from cellmill.errors import CellmillError
 from cellmill.evaluate_loss import held_out_losses, spread_batches, trivial_held_out
 from cellmill.files import sha256
 from cellmill.models.geneformer import Geneformer
-from cellmill.optimizer import learning_rate, parameter_groups
+from cellmill.training.optimizer import learning_rate, parameter_groups
 from cellmill.pretrain import _fingerprint, accumulate_gradients, pretrain
 from cellmill.recipes import Training
 from cellmill.shards.batch import CellBatch
@@ -319,7 +319,7 @@ def test_a_full_disk_keeps_the_state_before(corpus, stopped, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("cellmill.training_state.write_tensors", full)
+        patch.setattr("cellmill.training.state.write_tensors", full)
         with pytest.raises(CellmillError, match="step-00000009 could not be written .No space left on device"):
             train(corpus, "geneformer", stopped / "out", stopped / "state")
     assert [path.name for path in (stopped / "state").iterdir()] == ["step-00000006"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cellmill.errors import CellmillError
-from cellmill.models.attention import attend
+from cellmill.models.attention_padded import attend
 from cellmill.models.base import parameter_counts, total_loss
 from cellmill.models.scfoundation import Scfoundation, draw_projection, mask_probability, performer
 from cellmill.shards.batch import CellBatch

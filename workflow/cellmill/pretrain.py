@@ -25,7 +25,7 @@ from cellmill.errors import CellmillError
 from cellmill.evaluate_loss import mean_losses, spread_batches
 from cellmill.files import atomic
 from cellmill.models.base import CellModel, GeneStatistics, Inputs, Losses, LossTerm, to_device, total_loss
-from cellmill.optimizer import fill_optimizer, learning_rate, make_optimizer, optimizer_tensors
+from cellmill.training.optimizer import fill_optimizer, learning_rate, make_optimizer, optimizer_tensors
 from cellmill.progress import Progress
 from cellmill.provenance import content_hash
 from cellmill.randomness import hash64
@@ -33,7 +33,7 @@ from cellmill.recipes import ModelRecipe
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.dataset import Shards
 from cellmill.shards.loader import Loader
-from cellmill.training_state import State, load_state, save_state
+from cellmill.training.state import State, load_state, save_state
 
 LOG = "log.parquet"
 LOG_SCHEMA = pa.schema(

@@ -1,45 +1,87 @@
-"""The one place for attention: every architecture attends through `attend`.
+"""The one place for attention: every architecture attends through `attend`, within packed cells.
 
-Legend: B cells, L queries, S keys, H heads, K width of a head, D = H K width.
+Legend: N slots of queries, S slots of keys, H heads, K width of a head, D = H K width.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cellmill.models.attention_backends import BACKENDS, Own, Pattern
+from cellmill.models.packing import Layout
 
+_backend: ContextVar[str | None] = ContextVar("backend", default=None)
+
+
+@contextmanager
+def attention_backend(name: str) -> Iterator[None]:
+    """Attend by this way of `cellmill.models.attention_backends` instead of the one that `attend` would choose."""
+    token = _backend.set(name)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def _choose(q_NHK: Tensor, own: Own, pattern: Pattern, dropout: float) -> str:
+    """The fastest way for a device and mask that can do what is asked."""
+    if dropout:
+        return "padded"  # the only one that drops weights fast
+    if q_NHK.device.type == "cpu":
+        return "cells"
+    matrices = pattern.queries.width is not None or pattern.keys.width is not None
+    if own is None and not matrices and q_NHK.dtype in (torch.bfloat16, torch.float16):
+        return "varlen"
+    return "padded" if matrices or q_NHK.dtype == torch.float32 else "flex"
+
+
+@torch.compiler.disable
 def attend(
-    q_BHLK: Tensor,
-    k_BHSK: Tensor,
-    v_BHSK: Tensor,
-    mask: Tensor | None = None,
+    q_NHK: Tensor,
+    k_SHK: Tensor,
+    v_SHK: Tensor,
+    queries: Layout,
+    keys: Layout | None = None,
     *,
+    own: Own = None,
     causal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Softmax attention: [B, L, H K], the heads side by side.
+    """Softmax attention of each cell's queries to its keys: [N, H K], the heads side by side.
 
     Parameters
     ----------
-    mask
-        Broadcasts to [B, H, L, S]: bool, True where the query may look, every query at one key at least; or float,
-        added to the logits.
+    queries, keys
+        Where each cell's tokens lie; by default keys lie where the queries do.
+    own
+        A key and a value [N, H, K] that each query has for itself, beside those of its cell.
     causal
-        The last query looks at all keys, the one before at all but the last, and so on; then `mask` is None.
+        The last query of a cell looks at all its keys, the one before at all but the last, and so on.
     dropout
         Probability of dropping an attention weight.
+
+    Returns
+    -------
+    Tensor
+        Zeros for the queries of a cell without keys; anything finite in unused slots.
     """
-    if causal and q_BHLK.shape[2] != k_BHSK.shape[2]:  # keys of earlier calls are in front
-        ones_LS = torch.ones(q_BHLK.shape[2], k_BHSK.shape[2], dtype=torch.bool, device=q_BHLK.device)
-        mask, causal = ones_LS.tril(k_BHSK.shape[2] - q_BHLK.shape[2]), False
-    context_BHLK = F.scaled_dot_product_attention(
-        q_BHLK, k_BHSK, v_BHSK, attn_mask=mask, is_causal=causal, dropout_p=dropout
-    )
-    return context_BHLK.transpose(1, 2).flatten(2)
+    pattern = Pattern(queries, queries if keys is None else keys, causal)
+    name = _backend.get() or _choose(q_NHK, own, pattern, dropout)
+    return BACKENDS[name](q_NHK, k_SHK, v_SHK, own, pattern, dropout).flatten(1)
+
+
+def attention_flops(width: int, queries: Layout, keys: Layout | None = None, *, own: bool = False) -> float:
+    """Floating-point operations of both products of one layer's attention, forward: 4 D for every query and key."""
+    keys = queries if keys is None else keys
+    return 4.0 * width * float((queries.lengths * (keys.lengths + own)).sum())
 
 
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention of tokens to each other, or to those of another sequence.
+    """Multi-head attention of a cell's tokens to each other, or to those of another layout.
 
     Parameters
     ----------
@@ -67,41 +109,41 @@ class MultiHeadAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.out = nn.Linear(width, width, bias=bias)
 
-    def project(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the same tokens, each [B, H, L, K]."""
-        return self._heads(self.qkv(x_BLD), 3)
+    def project(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the same tokens, each [N, H, K]."""
+        return self._heads(self.qkv(x_ND), 3)
 
-    def project_across(self, x_BLD: Tensor, y_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, H, L, K] of `x_BLD`, keys and values [B, H, S, K] of `y_BSD`."""
-        width = x_BLD.shape[-1]
+    def project_across(self, x_ND: Tensor, y_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [N, H, K] of `x_ND`, keys and values [S, H, K] of `y_SD`."""
+        width = x_ND.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.bias
-        q_BLD = F.linear(x_BLD, weight[:width], None if bias is None else bias[:width])
-        kv = F.linear(y_BSD, weight[width:], None if bias is None else bias[width:])
-        return *self._heads(q_BLD, 1), *self._heads(kv, 2)
+        q_ND = F.linear(x_ND, weight[:width], None if bias is None else bias[:width])
+        kv = F.linear(y_SD, weight[width:], None if bias is None else bias[width:])
+        return *self._heads(q_ND, 1), *self._heads(kv, 2)
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        batch, length, width = x.shape
-        x = x.view(batch, length, parts, self.n_heads, width // (parts * self.n_heads))
-        return x.permute(2, 0, 3, 1, 4).unbind()
+        return x.unflatten(1, (parts, self.n_heads, -1)).unbind(1)
 
-    def context(self, x_BLD: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
-        """[B, L, D], the heads side by side, before the output projection; see `attend` for the mask."""
-        return attend(*self.project(x_BLD), mask, causal=causal, dropout=self.dropout if self.training else 0.0)
+    @property
+    def dropout_now(self) -> float:
+        """Probability of dropping an attention weight in the module's mode."""
+        return self.dropout if self.training else 0.0
+
+    def context(self, x_ND: Tensor, layout: Layout, *, causal: bool = False) -> Tensor:
+        """[N, D], the heads side by side, before the output projection; see `attend`."""
+        return attend(*self.project(x_ND), layout, causal=causal, dropout=self.dropout_now)
 
     def forward(
-        self, x_BLD: Tensor, mask: Tensor | None = None, *, others: Tensor | None = None, causal: bool = False
+        self,
+        x_ND: Tensor,
+        layout: Layout,
+        *,
+        others: Tensor | None = None,
+        others_layout: Layout | None = None,
+        causal: bool = False,
     ) -> Tensor:
-        """[B, L, D], of the tokens to each other or to `others` [B, S, D]; see `attend` for the mask."""
+        """[N, D], of a cell's tokens to each other, or to its tokens among `others` [S, D]; see `attend`."""
         if others is None:
-            return self.out(self.context(x_BLD, mask, causal=causal))
-        dropout = self.dropout if self.training else 0.0
-        return self.out(attend(*self.project_across(x_BLD, others), mask, dropout=dropout))
-
-
-def key_mask(valid_BL: Tensor) -> Tensor:
-    """Every query may look at the valid keys: bool [B, 1, 1, L].
-
-    The first key is always open: it is valid in every cell that has a token, and keeps an empty cell's softmax finite.
-    """
-    first_L = torch.arange(valid_BL.shape[1], device=valid_BL.device) == 0
-    return (valid_BL | first_L)[:, None, None, :]
+            return self.out(self.context(x_ND, layout, causal=causal))
+        qkv = self.project_across(x_ND, others)
+        return self.out(attend(*qkv, layout, others_layout, dropout=self.dropout_now))

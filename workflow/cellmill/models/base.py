@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cellmill.errors import CellmillError
+from cellmill.models.packing import PACKED, Layout, Packing
 from cellmill.shards.batch import CellBatch
 
 
@@ -23,7 +24,7 @@ class LossTerm(NamedTuple):
     count: Tensor
 
 
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Tensor | Layout]
 Losses = dict[str, LossTerm]
 
 
@@ -109,9 +110,35 @@ class CellModel(nn.Module):
             )
         self.sizes = sizes
         self.n_genes = n_genes
+        self.packing: Packing = PACKED  # how views lay out tokens
         if categories is None:
             categories = statistics.categories if statistics else {}
         self.categories = {column: categories[column] for column in self.obs_columns if column in categories}
+
+    # --- what training asks --------------------------------------------------------------------------------------------
+
+    def token_lengths(self, cells: CellBatch) -> np.ndarray:
+        """int64 [B], the tokens that each cell takes in training at most: what a micro batch is measured by."""
+        raise NotImplementedError
+
+    def loss_counts(self, inputs: Inputs, *, step: int | None = None) -> dict[str, Tensor]:
+        """The counts of the terms that `forward` will give for these inputs, without computing them.
+
+        With them the objective of a step is the same however its cells are cut into micro batches and ranks.
+        """
+        raise NotImplementedError
+
+    def blocks(self) -> list[nn.Module]:
+        """The repeated layers: what is compiled, computed again in the backward pass, and spread over ranks."""
+        return [layer for module in self.modules() if isinstance(module, nn.ModuleList) for layer in module]
+
+    def body_flops(self, inputs: Inputs, *, step: int | None = None) -> float:
+        """Floating-point operations of the forward pass: 2 for every weight of the body that a token meets, and 4 D for
+        every pair of a query and a key in every layer. Embeddings, the vocabulary's logits and norms do not count.
+        """
+        raise NotImplementedError
+
+    # --- views and network --------------------------------------------------------------------------------------------
 
     def pretrain_inputs(self, cells: CellBatch, *, seed: int, step: int | None) -> Inputs:
         """The view for training: model inputs and targets, every random choice keyed by (seed, step, joinid, gene).
@@ -185,6 +212,12 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     }
 
 
+def in_compute_dtype(x: Tensor) -> Tensor:
+    """`x` in the type of matrix products where autocast is on, so that what flows between layers is half as wide."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def to_device(inputs: Inputs, device: torch.device | str) -> Inputs:
-    """Move every tensor of `inputs` to `device`."""
+    """Move every tensor and layout of `inputs` to `device`."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cellmill.errors import CellmillError
-from cellmill.models.attention import MultiHeadAttention, key_mask
+from cellmill.models.attention_padded import MultiHeadAttention, key_mask
 from cellmill.models.base import CellModel, GeneStates, GeneStatistics, Imputed, Inputs, Losses, LossTerm
 from cellmill.shards.batch import CellBatch
 from cellmill.views import geneformer as views

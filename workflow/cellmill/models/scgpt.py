@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cellmill.errors import CellmillError
-from cellmill.models.attention import MultiHeadAttention, attend, key_mask
+from cellmill.models.attention_padded import MultiHeadAttention, attend, key_mask
 from cellmill.models.base import CellModel, GeneStates, GeneStatistics, Imputed, Inputs, Losses, LossTerm
 from cellmill.shards.batch import CellBatch
 from cellmill.views import scgpt as views

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cellmill.errors import CellmillError
-from cellmill.models.attention import MultiHeadAttention, attend
+from cellmill.models.attention_padded import MultiHeadAttention, attend
 from cellmill.models.base import CellModel, GeneStates, GeneStatistics, Imputed, Inputs, Losses, LossTerm
 from cellmill.shards.batch import CellBatch
 from cellmill.views import scmulan as views
