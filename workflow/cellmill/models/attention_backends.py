@@ -76,7 +76,7 @@ def reference(q_NHK: Tensor, k_SHK: Tensor, v_SHK: Tensor, own: Own, pattern: Pa
 
 
 def _hidden(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
-    """bool [L, P], the keys that a causal query does not see."""
+    """Bool [L, P], the keys that a causal query does not see."""
     ones_LP = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
     return ones_LP.triu(n_keys - n_queries + 1)
 

@@ -115,7 +115,7 @@ class CellModel(nn.Module):
             categories = statistics.categories if statistics else {}
         self.categories = {column: categories[column] for column in self.obs_columns if column in categories}
 
-    # --- what training asks --------------------------------------------------------------------------------------------
+    # --- what training asks -------------------------------------------------------------------------------------------
 
     def token_lengths(self, cells: CellBatch) -> np.ndarray:
         """int64 [B], the tokens that each cell takes in training at most: what a micro batch is measured by."""

@@ -164,7 +164,7 @@ class Layout:
 
     @cached_property
     def used_N(self) -> Tensor:
-        """bool [N]."""
+        """Bool [N]."""
         return self.rows_N < len(self)
 
     @cached_property
