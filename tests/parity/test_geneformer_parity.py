@@ -43,14 +43,22 @@ def written(model, n_genes: int, folder) -> None:
     write_released("geneformer", model, {"feature_ids": [f"ENSG{gene:011d}" for gene in range(n_genes)]}, folder)
 
 
-def same_everywhere(ours: Geneformer, theirs, tokens_BL: torch.Tensor) -> None:
-    """At every place, those of padding too."""
+def padded(inputs) -> dict[str, torch.Tensor]:
+    """What theirs is given: the tokens [B, L], and where there are any."""
+    tokens_BL = inputs["layout"].to_matrix(inputs["tokens"])
+    return {"input_ids": tokens_BL, "attention_mask": (tokens_BL != PAD).long()}
+
+
+def same_everywhere(ours: Geneformer, theirs, inputs) -> None:
+    """At every token."""
+    tokens_N, layout = inputs["tokens"], inputs["layout"]
     with torch.inference_mode():
-        out = theirs(input_ids=tokens_BL, attention_mask=(tokens_BL != PAD).long(), output_hidden_states=True)
+        out = theirs(**padded(inputs), output_hidden_states=True)
         assert len(out.hidden_states) == ours.sizes.n_layers + 1
         for layer, state_BLD in enumerate(out.hidden_states):
-            torch.testing.assert_close(ours.encode(tokens_BL, layer), state_BLD, **CLOSE)
-        torch.testing.assert_close(ours.name(ours.encode(tokens_BL, ours.sizes.n_layers)), out.logits, **CLOSE)
+            torch.testing.assert_close(ours.encode(tokens_N, layout, layer), layout.from_matrix(state_BLD), **CLOSE)
+        logits_NT = ours.name(ours.encode(tokens_N, layout, ours.sizes.n_layers))
+        torch.testing.assert_close(logits_NT, layout.from_matrix(out.logits), **CLOSE)
 
 
 @pytest.mark.parametrize("version", ["V1", "V2"])
@@ -61,10 +69,9 @@ def test_our_export_is_theirs(version, transformers, cells, tmp_path):
     theirs, loading = transformers.BertForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not loading["missing_keys"]
     assert set(loading["unexpected_keys"]) <= {"bert.embeddings.position_ids"}
-    tokens_BL = ours.embed_inputs(cells)["tokens"]
-    assert (tokens_BL == PAD).any(dim=1).sum() >= 1
-    assert tokens_BL.shape[1] == 128
-    same_everywhere(ours, theirs.eval(), tokens_BL)
+    inputs = ours.embed_inputs(cells)
+    assert inputs["layout"].lengths.min() < inputs["layout"].longest == 128
+    same_everywhere(ours, theirs.eval(), inputs)
 
 
 @pytest.mark.parametrize("safe", [True, False])
@@ -78,7 +85,7 @@ def test_their_weights_are_ours(version, safe, transformers, cells, tmp_path):
         file.unlink()
     theirs.save_pretrained(tmp_path, safe_serialization=safe)
     ours = read_released("geneformer", tmp_path).model
-    same_everywhere(ours, theirs, ours.embed_inputs(cells)["tokens"])
+    same_everywhere(ours, theirs, ours.embed_inputs(cells))
 
 
 def test_loss_is_theirs(transformers, cells, tmp_path):
@@ -89,10 +96,9 @@ def test_loss_is_theirs(transformers, cells, tmp_path):
     theirs = transformers.BertForMaskedLM.from_pretrained(tmp_path).eval()
     inputs = ours.pretrain_inputs(cells, seed=0, step=1)
     labels = torch.full_like(inputs["tokens"], -100)
-    labels.view(-1)[inputs["positions"]] = inputs["targets"]
+    labels[inputs["positions"]] = inputs["targets"]
     with torch.inference_mode():
-        attention = (inputs["tokens"] != PAD).long()
-        expected = theirs(input_ids=inputs["tokens"], attention_mask=attention, labels=labels).loss
+        expected = theirs(**padded(inputs), labels=inputs["layout"].to_matrix(labels, -100)).loss
         torch.testing.assert_close(total_loss(ours(inputs)), expected, **CLOSE)
 
 
@@ -104,4 +110,4 @@ def test_the_published_v1_10m(transformers, cells, tmp_path):
     written(ours, n_genes, tmp_path)
     theirs = transformers.BertForMaskedLM.from_pretrained(tmp_path).eval()
     assert sum(parameter.numel() for parameter in theirs.parameters()) == 10_288_722
-    same_everywhere(ours, theirs, ours.embed_inputs(cells)["tokens"])
+    same_everywhere(ours, theirs, ours.embed_inputs(cells))

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from cellmill.errors import CellmillError
 from cellmill.models.base import parameter_counts, total_loss
 from cellmill.models.geneformer import CLS, EOS, MASK, PAD, Geneformer
+from cellmill.models.packing import PACKED, Packing
 from cellmill.randomness import unit
 from cellmill.shards.batch import CellBatch
 from cellmill.views import geneformer as views
@@ -20,6 +22,17 @@ TINY = {"n_layers": 2, "width": 16, "n_heads": 2, "hidden": 32}
 def tiny(version: str, max_length: int, medians) -> Geneformer:
     sizes = Geneformer.Sizes(version=version, max_length=max_length, **TINY)
     return Geneformer(sizes, len(medians), statistics_of_medians(medians)).eval()
+
+
+def rows_of(inputs) -> torch.Tensor:
+    """[B, L], the tokens of each cell in a row of its own."""
+    return inputs["layout"].to_matrix(inputs["tokens"])
+
+
+def of_lists(cells: list[list[int]]) -> dict:
+    """Inputs from the tokens of each cell."""
+    tokens = torch.tensor([token for cell in cells for token in cell])
+    return {"tokens": tokens, "layout": PACKED.layout(np.array([len(cell) for cell in cells]))}
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +67,15 @@ def test_ranks_by_hand():
             {4: 1},  # total 1, no gene in the vocabulary
         ]
     )
-    v1 = tiny("V1", 8, medians).embed_inputs(cells)["tokens"]
-    assert v1.tolist() == [[3, 4, 2, 5], [5, PAD, PAD, PAD], [PAD] * 4, [PAD] * 4]
-    v2 = tiny("V2", 8, medians).embed_inputs(cells)["tokens"]
-    assert v2.tolist() == [
+    v1 = tiny("V1", 8, medians).embed_inputs(cells)
+    assert v1["tokens"].tolist() == [3, 4, 2, 5, 5]
+    assert v1["layout"].lengths.tolist() == [4, 1, 0, 0]
+    v2 = tiny("V2", 8, medians)
+    inputs = v2.embed_inputs(cells)
+    assert inputs["tokens"].tolist() == [CLS, 5, 6, 4, 7, EOS, CLS, 7, EOS, CLS, EOS, CLS, EOS]
+    v2.packing = Packing("padded")
+    assert v2.embed_inputs(cells)["tokens"].view(4, 6).tolist() == rows_of(inputs).tolist()
+    assert rows_of(inputs).tolist() == [
         [CLS, 5, 6, 4, 7, EOS],
         [CLS, 7, EOS, PAD, PAD, PAD],
         [CLS, EOS, PAD, PAD, PAD, PAD],
@@ -68,8 +86,8 @@ def test_ranks_by_hand():
 def test_truncation_keeps_the_highest_ranks():
     medians = [1.0] * 6
     cells = make_batch([{gene: 10 + gene for gene in range(6)}])
-    assert tiny("V1", 4, medians).embed_inputs(cells)["tokens"].tolist() == [[7, 6, 5, 4]]
-    assert tiny("V2", 4, medians).embed_inputs(cells)["tokens"].tolist() == [[CLS, 9, 8, EOS]]
+    assert tiny("V1", 4, medians).embed_inputs(cells)["tokens"].tolist() == [7, 6, 5, 4]
+    assert tiny("V2", 4, medians).embed_inputs(cells)["tokens"].tolist() == [CLS, 9, 8, EOS]
 
 
 def test_medians_are_asked_for():
@@ -113,7 +131,7 @@ def test_an_empty_cell_has_a_zero_embedding_in_v1_and_cls_in_v2():
 
 def test_ranks_of_real_cells_are_those_of_the_formula(model, blood):
     """Count over total over median, as the paper writes it, sorted cell by cell."""
-    tokens = model.embed_inputs(blood.take(np.arange(20)))["tokens"].numpy()
+    tokens = rows_of(model.embed_inputs(blood.take(np.arange(20)))).numpy()
     medians = model.medians.numpy()
     first = 1 if model.sizes.version == "V2" else 0
     for row in range(20):
@@ -149,7 +167,8 @@ def test_objective_by_hand():
     model = tiny("V1", 8, [1.0, 1.0, 1.0])
     logits_MT = torch.tensor([[0.0, 1.0, 2.0, 0.5, -1.0], [3.0, 0.0, 0.0, 0.0, 0.0]])
     model.name = lambda x_MD: logits_MT
-    inputs = {"tokens": torch.tensor([[2, 1, 4]]), "positions": torch.tensor([1, 2]), "targets": torch.tensor([3, 4])}
+    inputs = of_lists([[2, 1, 4]])
+    inputs |= {"positions": torch.tensor([1, 2]), "targets": torch.tensor([3, 4]), "layout_asked": PACKED.layout([2])}
     term = model(inputs)["mlm"]
     first = np.log(np.exp([0.0, 1.0, 2.0, 0.5, -1.0]).sum()) - 0.5
     assert term.sum.item() == pytest.approx(first + np.log(np.exp(3) + 4))
@@ -166,11 +185,12 @@ def test_the_dial(preset, millions):
 
 def test_masking_rates_on_real_cells(model, blood):
     clean = model.embed_inputs(blood)["tokens"]
+    assert len(clean) == model.token_lengths(blood).sum()
     inputs = model.pretrain_inputs(blood, seed=0, step=5)
     n_genes = (clean >= model.n_specials).sum().item()
     assert n_genes > 200_000
-    shown, true = inputs["tokens"].flatten()[inputs["positions"]], inputs["targets"]
-    assert torch.equal(true, clean.flatten()[inputs["positions"]])
+    shown, true = inputs["tokens"][inputs["positions"]], inputs["targets"]
+    assert torch.equal(true, clean[inputs["positions"]])
     assert (true >= model.n_specials).all()
     assert len(true) / n_genes == pytest.approx(0.15, abs=0.003)
     assert (shown == MASK).float().mean().item() == pytest.approx(0.8, abs=0.01)
@@ -180,8 +200,11 @@ def test_masking_rates_on_real_cells(model, blood):
     assert random.min() >= model.n_specials
     assert random.double().mean().item() == pytest.approx(model.n_specials + N_GENES / 2, rel=0.03)
     # nothing but the chosen positions changed
-    restored = inputs["tokens"].flatten().index_copy(0, inputs["positions"], inputs["targets"])
-    assert torch.equal(restored, clean.flatten())
+    restored = inputs["tokens"].index_copy(0, inputs["positions"], inputs["targets"])
+    assert torch.equal(restored, clean)
+    # each cell is asked at its own tokens
+    asked, rows_N = inputs["layout_asked"], inputs["layout"].rows_N
+    assert torch.equal(rows_N[inputs["positions"]], asked.rows_N)
 
 
 def test_masks_depend_on_seed_and_step_and_not_on_the_batch(model, blood):
@@ -191,7 +214,7 @@ def test_masks_depend_on_seed_and_step_and_not_on_the_batch(model, blood):
     for other in ({"seed": 1, "step": 1}, {"seed": 0, "step": 2}, {"seed": 0, "step": None}):
         assert not torch.equal(one["targets"][:50], model.pretrain_inputs(cells, **other)["targets"][:50])
     alone = model.pretrain_inputs(blood.take([3]), seed=0, step=1)["tokens"]
-    assert torch.equal(alone[0], one["tokens"][3, : alone.shape[1]])
+    assert torch.equal(alone, one["tokens"][one["layout"].rows_N == 3])
 
 
 def test_a_cell_does_not_depend_on_its_batch(model, blood):
@@ -221,16 +244,17 @@ def test_poolings(model, blood):
 
 
 def test_poolings_by_hand(model, blood):
-    """Each pooling of a padded cell, from the states of its layer."""
+    """Each pooling of a cell beside others, from the states of its layer."""
     model.eval()
     shortest, longest = np.argsort(blood.lengths)[[0, -1]]
-    inputs = model.embed_inputs(blood.take([shortest, longest]))
-    row = inputs["tokens"][0]
+    inputs = model.embed_inputs(blood.take([longest, shortest]))
+    mine = inputs["layout"].rows_N == 1
+    row = inputs["tokens"][mine]
     for pooling in model.poolings:
         layer = 2 if pooling.endswith("_last") else 1
         with torch.no_grad():
-            x_LD = model.encode(inputs["tokens"], layer)[0]
-            embedded = model.embed_cells(inputs, pooling)[0]
+            x_LD = model.encode(inputs["tokens"], inputs["layout"], layer)[mine]
+            embedded = model.embed_cells(inputs, pooling)[1]
         expected = x_LD[0] if pooling.startswith("cls") else x_LD[row >= model.n_specials].mean(0)
         torch.testing.assert_close(embedded, expected, atol=1e-6, rtol=1e-6)
 
@@ -241,16 +265,14 @@ def test_gene_states(model, blood):
     inputs = model.embed_inputs(cells)
     with torch.no_grad():
         states = model.gene_states(inputs)
-        x_BLD = model.encode(inputs["tokens"], 1)
-    first = 1 if model.sizes.version == "V2" else 0
+        x_ND = model.encode(inputs["tokens"], inputs["layout"], 1)
+    first, layout = model.n_around, inputs["layout"]
     assert states.states_ND.shape == ((inputs["tokens"] >= model.n_specials).sum(), 16)
     for row in range(3):
-        mine = states.cells_N == row
-        n = mine.sum()
-        genes = inputs["tokens"][row, first : first + n] - model.n_specials
-        assert torch.equal(states.genes_N[mine], genes)
-        assert torch.equal(states.states_ND[mine], x_BLD[row, first : first + n])
-        assert set(genes.tolist()) <= set(cells.genes[cells.cell_of == row].tolist())
+        mine, span = states.cells_N == row, slice(layout.starts[row] + first, layout.ends[row] - first)
+        assert torch.equal(states.genes_N[mine], inputs["tokens"][span] - model.n_specials)
+        assert torch.equal(states.states_ND[mine], x_ND[span])
+        assert set(states.genes_N[mine].tolist()) <= set(cells.genes[cells.cell_of == row].tolist())
 
 
 def test_questions_by_hand():
@@ -287,14 +309,14 @@ def test_imputation_is_the_formula(model, blood):
     assert np.diff(asked.offsets).tolist() == [32, 32]
     with torch.no_grad():
         imputed = model.impute(inputs)
-        log_p_BLT = model.name(model.encode(inputs["tokens"], 2)).log_softmax(2)
-    assert (inputs["tokens"].flatten()[inputs["positions"]] == MASK).all()
+        log_p_NT = model.name(model.encode(inputs["tokens"], inputs["layout"], 2)).log_softmax(1)
+    assert (inputs["tokens"][inputs["positions"]] == MASK).all()
     assert (inputs["tokens"] == MASK).sum() == 64
     for row in range(2):
-        places = (inputs["tokens"][row] == MASK).nonzero()[:, 0]
+        masks = ((inputs["tokens"] == MASK) & (inputs["layout"].rows_N == row)).nonzero()[:, 0]
         span = slice(*asked.offsets[row : row + 2])
         for column, gene in enumerate(genes_BQ[row]):
-            p = log_p_BLT[row, places, gene + model.n_specials].exp().double().numpy() * asked.n_ranks_M[span]
+            p = log_p_NT[masks, gene + model.n_specials].exp().double().numpy() * asked.n_ranks_M[span]
             median = np.nan_to_num(model.medians[gene].item())
             value = (p * np.log1p(np.exp(asked.log_value_M[span]) * median)).sum() / p.sum()
             rest = asked.rest_B[row]
@@ -356,6 +378,49 @@ def test_imputation_learns(blood):
     assert min(untrained[1], trained[1]) > 0.6  # the ranks and medians of the view say most of the value
 
 
+def test_the_last_layer_is_asked_only_where_it_is_needed(model, blood):
+    """Loss and gradients are those of the whole last layer."""
+    inputs = model.eval().pretrain_inputs(blood.slice(0, 6), seed=0, step=1)
+    found = []
+    for where in ((inputs["positions"], inputs["layout_asked"]), ()):
+        x_ND = model.encode(inputs["tokens"], inputs["layout"], 2, *where)
+        x_MD = x_ND if where else x_ND[inputs["positions"]]
+        loss = F.cross_entropy(model.name(x_MD), inputs["targets"])
+        found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    for few, whole in zip(*found, strict=True):
+        torch.testing.assert_close(few, whole, atol=1e-6, rtol=1e-4)
+
+
+def test_counts_and_operations_by_hand():
+    """Two cells of 3 and 1 genes, of which 2 and 0 are asked."""
+    model = tiny("V1", 8, [1.0, 1.0, 1.0])
+    inputs = of_lists([[2, 1, 4], [3]])
+    inputs |= {"positions": torch.tensor([1, 2]), "targets": torch.tensor([3, 4])}
+    inputs["layout_asked"] = PACKED.layout([2, 0])
+    assert model.loss_counts(inputs)["mlm"] == model(inputs)["mlm"].count == 2
+    layer = 4 * 16 * 16 + 2 * 16 * 32
+    first = 2 * 4 * layer + 4 * 16 * (3 * 3 + 1 * 1)
+    last = 2 * (4 * 2 * 16 * 16 + 2 * (layer - 2 * 16 * 16)) + 4 * 16 * (2 * 3)
+    assert model.body_flops(inputs) == first + last + 2 * 2 * 16 * 16
+    cells = make_batch([{}, {0: 1}, dict.fromkeys(range(9), 1)])
+    assert model.token_lengths(cells).tolist() == [0, 1, 8]
+    assert tiny("V2", 8, [1.0] * 9).token_lengths(cells).tolist() == [2, 3, 8]
+
+
+def test_bfloat16_is_close(model, blood):
+    """Under autocast the states between layers are half as wide, and the loss is nearly the same."""
+    inputs = model.eval().pretrain_inputs(blood.slice(0, 4), seed=0, step=1)
+    with torch.no_grad():
+        exact = total_loss(model(inputs))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model.encode(inputs["tokens"], inputs["layout"], 2).dtype == torch.bfloat16
+            assert model.embed_cells(model.embed_inputs(blood.slice(0, 4))).dtype == torch.float32
+            rough = total_loss(model(inputs))
+    assert rough.dtype == torch.float32
+    assert rough != exact
+    torch.testing.assert_close(rough, exact, atol=0, rtol=1e-3)
+
+
 def test_gene_embeddings(model):
     assert model.embed_genes().shape == (N_GENES, 16)
     assert torch.equal(model.embed_genes()[0], model.word_embeddings.weight[model.n_specials])
@@ -363,7 +428,7 @@ def test_gene_embeddings(model):
 
 def test_trivial_baseline_by_hand():
     model = tiny("V1", 8, [1.0, 1.0, 1.0])
-    batch = {"tokens": torch.tensor([[2, 1, 0]]), "positions": torch.tensor([1]), "targets": torch.tensor([3])}
+    batch = {"targets": torch.tensor([3])}
     trivial = model.fit_trivial([make_batch([{0: 2, 1: 1}, {0: 7}])])  # genes 0, 1, 0, and one more of each
     torch.testing.assert_close(trivial.exp(), torch.tensor([3.0, 2.0, 1.0]) / 6)
     term = model.trivial_losses(batch, trivial)["mlm"]

@@ -12,12 +12,12 @@ An empty cell has no token in V1: its embedding is zero. In V2 it is <cls><eos>.
 Embeddings come from the second-to-last layer, as in the papers' zero-shot use; the poolings that end in `_last` read
 the last one, as V2's papers do for perturbations and after fine-tuning.
 
-Legend: B cells, L tokens, D width, V genes, T = V + specials tokens in the vocabulary, M masked positions, N nonzeros,
-Q genes asked for, K masks put into a cell to ask for them.
+Legend: B cells, N slots of tokens of all cells together, D width, V genes, T = V + specials tokens in the vocabulary,
+M masked positions, or slots of those that are asked for; Q genes asked for, K masks put into a cell to ask for them.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -26,11 +26,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cellmill.errors import CellmillError
-from cellmill.models.attention_padded import MultiHeadAttention, key_mask
-from cellmill.models.base import CellModel, GeneStates, GeneStatistics, Imputed, Inputs, Losses, LossTerm
+from cellmill.models.attention import MultiHeadAttention, attention_flops
+from cellmill.models.base import (
+    CellModel,
+    GeneStates,
+    GeneStatistics,
+    Imputed,
+    Inputs,
+    Losses,
+    LossTerm,
+    in_compute_dtype,
+)
+from cellmill.models.packing import PACKED, Layout
 from cellmill.shards.batch import CellBatch
 from cellmill.views import geneformer as views
-from cellmill.views.ragged import Genes, pad, padded_index
+from cellmill.views.ragged import Genes
 
 PAD, MASK, CLS, EOS = 0, 1, 2, 3
 NORM_EPS = 1e-12
@@ -73,10 +83,27 @@ class Layer(nn.Module):
         self.output_norm = nn.LayerNorm(sizes.width, eps=NORM_EPS)
         self.dropout = nn.Dropout(sizes.dropout)
 
-    def forward(self, x_BLD: Tensor, mask: Tensor) -> Tensor:
-        """[B, L, D]; `mask` as for `MultiHeadAttention`."""
-        x_BLD = self.attention_norm(x_BLD + self.dropout(self.attention(x_BLD, mask)))
-        return self.output_norm(x_BLD + self.dropout(self.output(F.relu(self.intermediate(x_BLD)))))
+    def forward(self, x_ND: Tensor, layout: Layout, at_M: Tensor | None = None, asked: Layout | None = None) -> Tensor:
+        """[N, D], or [M, D] of the slots `at_M` alone, which belong to cells as `asked` says.
+
+        The others then give only keys and values.
+        """
+        if asked is None:
+            context_ND = self.attention(x_ND, layout)
+        else:
+            all_ND, x_ND = x_ND, x_ND.index_select(0, at_M)
+            context_ND = self.attention(x_ND, asked, others=all_ND, others_layout=layout)
+        x_ND = in_compute_dtype(self.attention_norm(x_ND + self.dropout(context_ND)))
+        hidden_ND = self.output(F.relu(self.intermediate(x_ND)))
+        return in_compute_dtype(self.output_norm(x_ND + self.dropout(hidden_ND)))
+
+    def flops(self, layout: Layout, asked: Layout | None = None) -> float:
+        """Floating-point operations of `forward`; see `CellModel.body_flops`."""
+        asked = layout if asked is None else asked
+        width, hidden = self.output_norm.normalized_shape[0], self.output.in_features
+        keys_and_values, rest = 2 * width**2, 2 * width**2 + 2 * width * hidden
+        products = 2.0 * (keys_and_values * layout.n_tokens + rest * asked.n_tokens)
+        return products + attention_flops(width, asked, layout)
 
 
 class Geneformer(CellModel):
@@ -109,6 +136,7 @@ class Geneformer(CellModel):
     def __init__(self, sizes: Sizes, n_genes: int, statistics: GeneStatistics | None = None, categories=None):
         super().__init__(sizes, n_genes, statistics, categories)
         self.n_specials = 2 if sizes.version == "V1" else 4
+        self.n_around = 0 if sizes.version == "V1" else 1  # specials in front of a cell's genes, and behind them
         self.poolings = ("mean", "mean_last") if sizes.version == "V1" else ("cls", "mean", "cls_last", "mean_last")
         n_tokens = n_genes + self.n_specials
         self.word_embeddings = nn.Embedding(n_tokens, sizes.width, padding_idx=PAD)
@@ -139,53 +167,73 @@ class Geneformer(CellModel):
     @property
     def _room(self) -> int:
         """Genes that fit into the longest cell."""
-        return self.sizes.max_length - (0 if self.sizes.version == "V1" else 2)
+        return self.sizes.max_length - 2 * self.n_around
 
-    def _matrix(self, ranks: Genes) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [B, L] with the version's specials, and the flat place of each gene token in it."""
+    def _lay_out(self, ranks: Genes) -> tuple[np.ndarray, Layout]:
+        """Tokens [N] with the version's specials, and where they lie."""
+        layout = self.packing.layout(np.diff(ranks.offsets) + 2 * self.n_around)
         tokens_N = np.where(ranks.genes == views.MASKED, MASK, ranks.genes + self.n_specials)
-        if self.sizes.version == "V1":
-            tokens_BL = pad(ranks.offsets, tokens_N, PAD, dtype=np.int64)
-            return tokens_BL, padded_index(ranks.offsets, tokens_BL.shape[1])
-        tokens_BL = pad(ranks.offsets, tokens_N, PAD, before=1, after=1, dtype=np.int64)
-        tokens_BL[:, 0] = CLS
-        tokens_BL[np.arange(len(tokens_BL)), np.diff(ranks.offsets) + 1] = EOS
-        return tokens_BL, padded_index(ranks.offsets, tokens_BL.shape[1], before=1)
+        tokens_N = layout.place(ranks.offsets, tokens_N, PAD, before=self.n_around, dtype=np.int64)
+        if self.n_around:
+            tokens_N[layout.starts] = CLS
+            tokens_N[layout.ends - 1] = EOS
+        return tokens_N, layout
+
+    def _ask(self, ranks: Genes, layout: Layout, index_M: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, Layout]:
+        """The slots of the genes `index_M` (`offsets`: of each cell), and the layout of what is asked there.
+
+        It is packed also where the tokens are padded: nobody needs the answer of a slot that is not asked.
+        """
+        asked = replace(self.packing, kind="packed").layout(np.diff(offsets))
+        positions_M = layout.index(ranks.offsets, self.n_around)[index_M]
+        return asked.place(offsets, positions_M, 0), asked
 
     def pretrain_inputs(self, cells: CellBatch, *, seed: int, step: int | None) -> Inputs:
-        """Masked ranks: `tokens` [B, L]; `positions` [M] in the flattened tokens; `targets` [M], the true tokens there.
+        """Masked ranks: `tokens` [N] and their `layout`; `positions` [M] in them that are to be named, and the
+        `layout_asked` of those; `targets`, the true tokens there, without those of unused slots at the end.
 
         See `cellmill.views.geneformer.pretrain`. (The original also draws specials as random tokens.)
         """
         ranks, index_M, shown_M = views.pretrain(
             cells, self._medians_on_cpu(), limit=self._room, mask_rate=self.sizes.mask_rate, seed=seed, step=step
         )
-        tokens_BL, place_N = self._matrix(ranks)
-        tokens_BL.ravel()[place_N[index_M]] = np.where(shown_M == views.MASKED, MASK, shown_M + self.n_specials)
+        tokens_N, layout = self._lay_out(ranks)
+        positions_M, asked = self._ask(ranks, layout, index_M, np.searchsorted(index_M, ranks.offsets))
+        shown_M = np.where(shown_M == views.MASKED, MASK, shown_M + self.n_specials)
+        tokens_N[positions_M[: len(index_M)]] = shown_M
         return {
-            "tokens": torch.from_numpy(tokens_BL),
-            "positions": torch.from_numpy(place_N[index_M]),
+            "tokens": torch.from_numpy(tokens_N),
+            "layout": layout,
+            "positions": torch.from_numpy(positions_M),
+            "layout_asked": asked,
             "targets": torch.from_numpy(ranks.genes[index_M].astype(np.int64) + self.n_specials),
         }
 
     def embed_inputs(self, cells: CellBatch) -> Inputs:
-        """`tokens` [B, L]."""
-        ranks = views.embed(cells, self._medians_on_cpu(), limit=self._room)
-        return {"tokens": torch.from_numpy(self._matrix(ranks)[0])}
+        """`tokens` [N] and their `layout`."""
+        tokens_N, layout = self._lay_out(views.embed(cells, self._medians_on_cpu(), limit=self._room))
+        return {"tokens": torch.from_numpy(tokens_N), "layout": layout}
 
-    def encode(self, tokens_BL: Tensor, n_layers: int) -> Tensor:
-        """[B, L, D], the states after the first `n_layers` layers."""
-        position_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
-        x_BLD = (
-            self.word_embeddings(tokens_BL)
-            + self.position_embeddings(position_L)
+    def encode(
+        self,
+        tokens_N: Tensor,
+        layout: Layout,
+        n_layers: int,
+        at_M: Tensor | None = None,
+        asked: Layout | None = None,
+    ) -> Tensor:
+        """[N, D], the states after the first `n_layers` layers, or those [M, D] of the slots `at_M` (see `Layer`)."""
+        x_ND = (
+            self.word_embeddings(tokens_N)
+            + self.position_embeddings(layout.places_N)
             + self.token_type_embeddings.weight[0]
         )
-        x_BLD = self.embedding_dropout(self.embedding_norm(x_BLD))
-        mask = key_mask(tokens_BL != PAD)
-        for layer in self.layers[:n_layers]:
-            x_BLD = layer(x_BLD, mask)
-        return x_BLD
+        x_ND = in_compute_dtype(self.embedding_dropout(self.embedding_norm(x_ND)))
+        if not n_layers:
+            return x_ND if asked is None else x_ND.index_select(0, at_M)
+        for layer in self.layers[: n_layers - 1]:
+            x_ND = layer(x_ND, layout)
+        return self.layers[n_layers - 1](x_ND, layout, at_M, asked)
 
     def name(self, x_MD: Tensor) -> Tensor:
         """[M, T], the logits of every token of the vocabulary, from states of the last layer."""
@@ -194,9 +242,28 @@ class Geneformer(CellModel):
 
     def forward(self, inputs: Inputs, *, step: int | None = None) -> Losses:
         """`mlm`: cross-entropy over the vocabulary, computed at the masked positions only (nats)."""
-        x_BLD = self.encode(inputs["tokens"], self.sizes.n_layers)
-        logits_MT = self.name(x_BLD.flatten(0, 1).index_select(0, inputs["positions"]))
-        return {"mlm": _term(F.cross_entropy(logits_MT, inputs["targets"], reduction="sum"), inputs)}
+        x_MD = self._asked(inputs)[: len(inputs["targets"])]
+        return {"mlm": _term(F.cross_entropy(self.name(x_MD), inputs["targets"], reduction="sum"), inputs)}
+
+    def _asked(self, inputs: Inputs) -> Tensor:
+        """[M, D], the last layer's states at the positions that are asked."""
+        tokens_N, layout, asked = inputs["tokens"], inputs["layout"], inputs["layout_asked"]
+        return self.encode(tokens_N, layout, self.sizes.n_layers, inputs["positions"], asked)
+
+    def loss_counts(self, inputs: Inputs, *, step: int | None = None) -> dict[str, Tensor]:
+        """`mlm`: the masked positions."""
+        return {"mlm": _count(inputs)}
+
+    def token_lengths(self, cells: CellBatch) -> np.ndarray:
+        """int64 [B]; a gene that has no median is counted, though it takes no token."""
+        return np.minimum(cells.lengths, self._room) + 2 * self.n_around
+
+    def body_flops(self, inputs: Inputs, *, step: int | None = None) -> float:
+        """The layers, the last one's queries at the masked positions only, and there the head's transform."""
+        layout, asked = inputs["layout"], inputs["layout_asked"]
+        *first, last = self.layers
+        head = 2.0 * self.head_transform.weight.numel() * asked.n_tokens
+        return sum(layer.flops(layout) for layer in first) + last.flops(layout, asked) + head
 
     def depth(self, pooling: str) -> int:
         """Layers that a pooling reads through."""
@@ -205,40 +272,40 @@ class Geneformer(CellModel):
     def embed_cells(self, inputs: Inputs, pooling: str | None = None) -> Tensor:
         """[B, D], the mean over genes or the state of <cls>, from the second-to-last layer or the last (`_last`)."""
         pooling = self.check_pooling(pooling)
-        tokens_BL = inputs["tokens"]
-        x_BLD = self.encode(tokens_BL, self.depth(pooling)).float()
+        tokens_N, layout, depth = inputs["tokens"], inputs["layout"], self.depth(pooling)
         if pooling.startswith("cls"):
-            return x_BLD[:, 0]
-        is_gene_BL1 = (tokens_BL >= self.n_specials).unsqueeze(2)
-        return (x_BLD * is_gene_BL1).sum(1) / is_gene_BL1.sum(1).clamp(min=1)
+            one_each = PACKED.layout(np.ones(len(layout))).to(layout.device)
+            return self.encode(tokens_N, layout, depth, layout.starts_B, one_each).float()
+        return layout.mean(self.encode(tokens_N, layout, depth), tokens_N >= self.n_specials)
 
     def gene_states(self, inputs: Inputs) -> GeneStates:
         """The states of the second-to-last layer at the genes of each cell."""
-        tokens_BL = inputs["tokens"]
-        x_BLD = self.encode(tokens_BL, self.sizes.n_layers - 1)
-        cells_N, place_N = (tokens_BL >= self.n_specials).nonzero(as_tuple=True)
-        return GeneStates(cells_N, tokens_BL[cells_N, place_N] - self.n_specials, x_BLD[cells_N, place_N].float())
+        tokens_N, layout = inputs["tokens"], inputs["layout"]
+        gene_M = (tokens_N >= self.n_specials).nonzero()[:, 0]
+        x_MD = self.encode(tokens_N, layout, self.sizes.n_layers - 1).index_select(0, gene_M)
+        return GeneStates(layout.rows_N[gene_M], tokens_N[gene_M] - self.n_specials, x_MD.float())
 
     def impute_inputs(self, cells: CellBatch, genes_BQ: np.ndarray) -> Inputs:
-        """`tokens` [B, L] with masks between the genes; of those `positions` [M] and `places` [M] in a matrix [B, K].
+        """`tokens` [N] with masks between the genes, and their `layout`; `positions` [M] of the masks, and the
+        `layout_asked` of those.
 
-        `log_values` and `log_ranks` [B, K] say what the masks stand for; `rest` and `rest_log_value` [B], what there is
+        `log_values` and `log_ranks` [M] say what the masks stand for; `rest` and `rest_log_value` [B], what there is
         no room for (see `views.impute`); `genes` [B, Q] are asked.
         """
-        asked = views.impute(cells, self._medians_on_cpu(), limit=self._room, mask_rate=self.sizes.mask_rate)
-        tokens_BL, place_N = self._matrix(asked.ranks)
-        log_ranks_BK = pad(asked.offsets, np.log(asked.n_ranks_M, dtype=np.float32), -np.inf)
+        found = views.impute(cells, self._medians_on_cpu(), limit=self._room, mask_rate=self.sizes.mask_rate)
+        tokens_N, layout = self._lay_out(found.ranks)
+        positions_M, asked = self._ask(found.ranks, layout, found.index_M, found.offsets)
         arrays = {
-            "tokens": tokens_BL,
-            "positions": place_N[asked.index_M],
-            "places": padded_index(asked.offsets, log_ranks_BK.shape[1]),
-            "log_values": pad(asked.offsets, asked.log_value_M, 0),
-            "log_ranks": log_ranks_BK,
-            "rest": asked.rest_B,
-            "rest_log_value": asked.rest_log_value_B,
+            "tokens": tokens_N,
+            "positions": positions_M,
+            "log_values": asked.place(found.offsets, found.log_value_M, 0),
+            "log_ranks": asked.place(found.offsets, np.log(found.n_ranks_M, dtype=np.float32), 0),
+            "rest": found.rest_B,
+            "rest_log_value": found.rest_log_value_B,
             "genes": np.ascontiguousarray(genes_BQ, dtype=np.int64),
         }
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return tensors | {"layout": layout, "layout_asked": asked}
 
     def impute(self, inputs: Inputs) -> Imputed:
         """Genes that are not shown, by the probability that the masks give them.
@@ -249,18 +316,18 @@ class Geneformer(CellModel):
         beforehand), and the value is the expected log1p(CP10k), where a rank means the CP10k / median that the visible
         genes have around it. Of the ranks without room the model says nothing: they count by their share in the cell.
         """
-        genes_BQ, log_ranks_BK = inputs["genes"], inputs["log_ranks"]
-        n_masks = log_ranks_BK.shape[1]
-        x_MD = self.encode(inputs["tokens"], self.sizes.n_layers).flatten(0, 1)[inputs["positions"]]
-        log_p_KQ = x_MD.new_zeros((log_ranks_BK.numel(), genes_BQ.shape[1]), dtype=torch.float32)
-        for place_M, some_MD in zip(inputs["places"].split(LOGIT_ROWS), x_MD.split(LOGIT_ROWS), strict=True):
-            logits_MT = self.name(some_MD)
-            tokens_MQ = genes_BQ[place_M // n_masks] + self.n_specials
-            log_p_KQ[place_M] = logits_MT.gather(1, tokens_MQ) - logits_MT.logsumexp(1, keepdim=True)
-        score_BKQ = log_p_KQ.view(*log_ranks_BK.shape, genes_BQ.shape[1]) + log_ranks_BK[:, :, None]
+        genes_BQ, asked = inputs["genes"], inputs["layout_asked"]
+        x_MD, cell_M = self._asked(inputs)[: asked.n_tokens], asked.rows_N[: asked.n_tokens]
+        log_p_MQ = x_MD.new_zeros((asked.n_slots, genes_BQ.shape[1]), dtype=torch.float32)
+        for place_M in torch.arange(asked.n_tokens, device=x_MD.device).split(LOGIT_ROWS):
+            logits_MT = self.name(x_MD[place_M])
+            tokens_MQ = genes_BQ[cell_M[place_M]] + self.n_specials
+            log_p_MQ[place_M] = logits_MT.gather(1, tokens_MQ) - logits_MT.logsumexp(1, keepdim=True)
+        score_BKQ = asked.to_matrix(log_p_MQ + inputs["log_ranks"][:, None], -torch.inf)
+        log_value_BK = asked.to_matrix(inputs["log_values"])
 
         median_B1Q = self.medians[genes_BQ].nan_to_num(0)[:, None]  # no training cell expresses it: 0 is likely
-        values_BKQ = torch.log1p(inputs["log_values"].exp()[:, :, None] * median_B1Q)
+        values_BKQ = torch.log1p(log_value_BK.exp()[:, :, None] * median_B1Q)
         values_BQ = (score_BKQ.softmax(1) * values_BKQ).sum(1)
         rest_BQ = torch.log1p(inputs["rest_log_value"].exp()[:, None] * median_B1Q[:, 0])
         return Imputed(torch.lerp(values_BQ, rest_BQ, inputs["rest"][:, None]), score_BKQ.logsumexp(1))
@@ -284,7 +351,11 @@ class Geneformer(CellModel):
 
 
 def _term(total: Tensor, inputs: Inputs) -> LossTerm:
-    return LossTerm(total, torch.full((), len(inputs["targets"]), device=total.device))
+    return LossTerm(total, _count(inputs))
+
+
+def _count(inputs: Inputs) -> Tensor:
+    return torch.full((), len(inputs["targets"]), device=inputs["targets"].device)
 
 
 def _initialise(module: nn.Module) -> None:
