@@ -64,21 +64,22 @@ def _one_by_one(model, cells, table, whole: bool):
     """Cosine shifts, one forward pass each; `whole`: of all layers and of the head that names genes, as released."""
     import numpy as np
     import torch
+    from cellmill.models.packing import PACKED
 
     device = next(model.parameters()).device
     depth, shifts, before = model.sizes.n_layers - 1, [], {}
 
     def states(tokens_L):
-        tokens_1L = tokens_L[None].to(device)
-        x_BLD = model.encode(tokens_1L, depth)
+        layout = PACKED.layout([len(tokens_L)]).to(device)
+        x_LD = model.encode(tokens_L.to(device), layout, depth)
         if whole:
-            model.name(model.layers[-1](x_BLD, (tokens_1L >= 0)[:, None, None]))
-        return x_BLD[0]
+            model.name(model.layers[-1](x_LD, layout))
+        return x_LD
 
     with torch.inference_mode():
         for joinid, gene in zip(table["joinid"].to_pylist(), table["gene"].to_pylist(), strict=True):
             if joinid not in before:
-                tokens_L = model.embed_inputs(cells.take(np.flatnonzero(cells.joinids == joinid)))["tokens"][0]
+                tokens_L = model.embed_inputs(cells.take(np.flatnonzero(cells.joinids == joinid)))["tokens"]
                 before[joinid] = tokens_L, states(tokens_L)
             tokens_L, before_LD = before[joinid]
             kept_L = tokens_L != gene + model.n_specials

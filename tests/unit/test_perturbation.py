@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from cellmill.abilities.perturbation import centroid, perturb, summarise, write
 from cellmill.errors import CellmillError
 from cellmill.models.geneformer import CLS, EOS, Geneformer
+from cellmill.models.packing import PACKED, Packing
 from cellmill.models.scgpt import Scgpt
 from cellmill.shards.batch import CellBatch
 from cellmill.views.ragged import select
@@ -41,7 +42,7 @@ def model(request, blood):
 
 def ranked(model, cell: CellBatch) -> list[int]:
     """The genes of one cell by rank."""
-    tokens = model.embed_inputs(cell)["tokens"][0]
+    tokens = model.embed_inputs(cell)["tokens"]
     return (tokens[tokens >= model.n_specials] - model.n_specials).tolist()
 
 
@@ -67,7 +68,7 @@ def by_hand(model, genes: list[int], gene: int, kind: str, pooling: str, goal) -
         tokens = [g + model.n_specials for g in some]
         tokens = [CLS, *tokens, EOS] if v2 else tokens
         with torch.no_grad():
-            x_LD = model.encode(torch.tensor([tokens]), model.depth(pooling))[0].double()
+            x_LD = model.encode(torch.tensor(tokens), PACKED.layout([len(tokens)]), model.depth(pooling)).double()
         x_GD = x_LD[[some.index(g) + v2 for g in common]]
         states.append((x_LD[0] if pooling.startswith("cls") else x_GD.mean(0), x_GD))
     (a_D, a_GD), (b_D, b_GD) = states
@@ -133,13 +134,17 @@ def test_all_genes_of_a_cell_by_default(model, blood):
     assert set(table["goal_shift"].to_pylist()) == {None}
 
 
-def test_neither_batches_nor_neighbours_matter(model, blood):
+def test_neither_batches_nor_neighbours_matter(model, blood, monkeypatch):
     cells = blood.slice(20, 26)
     whole = perturb(model, cells, "inhibit", n_random=5, **QUIET)
     small = perturb(model, cells, "inhibit", n_random=5, tokens_per_batch=1, **QUIET)
     alone = perturb(model, cells.take([2]), "inhibit", n_random=5, **QUIET)
     mine = whole.filter(np.array(whole["joinid"]) == cells.joinids[2])
-    for a, b in ((whole, small), (mine, alone)):
+    pairs = [(whole, small), (mine, alone)]
+    for packing in (Packing("padded"), Packing(grain=256)):
+        monkeypatch.setattr(model, "packing", packing)
+        pairs.append((whole, perturb(model, cells, "inhibit", n_random=5, **QUIET)))
+    for a, b in pairs:
         for name in ("joinid", "gene", "rank", "random"):
             assert a[name].to_pylist() == b[name].to_pylist()
         for name in ("cell_shift", "gene_shift"):

@@ -12,9 +12,10 @@ The changed gene says nothing about the others, so it is left out of both sides 
 "before" and "after" of a mean pooling are over the genes that stand in both, and so is the mean shift of the genes' own
 states. A shift is one minus the cosine, before to after; a shift towards a goal is the gain in the cosine to it.
 
-All perturbations of many cells run in batches of similar length, read only through the layers that the pooling needs.
+All perturbations of many cells run in batches, packed, and read only through the layers that the pooling needs.
 
-Legend: B cells, C cells of a group, L tokens, D width, P perturbations of a batch, R perturbations in all.
+Legend: B cells, C cells of a group, P perturbations of a batch, R perturbations in all, G genes of all cells together,
+S slots of a group's tokens, N those of a batch's, D width.
 """
 
 from pathlib import Path
@@ -29,10 +30,12 @@ from torch import Tensor
 
 from cellmill.errors import CellmillError
 from cellmill.files import atomic
+from cellmill.models.base import Inputs, to_device
 from cellmill.models.geneformer import PAD, Geneformer
+from cellmill.models.packing import Layout
 from cellmill.progress import Progress
 from cellmill.shards.batch import CellBatch
-from cellmill.views.ragged import Genes, hash_genes, keep_first, offsets_of, random_order
+from cellmill.views.ragged import Genes, hash_genes, keep_first, offsets_of, place_within, random_order, spread
 
 Kind = Literal["delete", "overexpress", "activate", "inhibit"]
 Test = Literal["signed_rank", "rank_sum"]
@@ -119,13 +122,13 @@ def perturb(
         raise CellmillError(f"genes to perturb must be ids from 0 to {model.n_genes - 1}; map them with the vocabulary")
     if goal is not None and np.shape(goal) != (model.sizes.width,):
         raise CellmillError(f"the goal has shape {np.shape(goal)}, not ({model.sizes.width},); make it with centroid")
-    tokens_BL = model.embed_inputs(cells)["tokens"].numpy()
-    n_genes_B = (tokens_BL >= model.n_specials).sum(1)
-    changes = _plan(model, cells, tokens_BL, n_genes_B, kind, genes, n_random, seed)
+    inputs = model.embed_inputs(cells)
+    n_genes_B = inputs["layout"].lengths - 2 * model.n_around
+    changes = _plan(model, cells, inputs, n_genes_B, kind, genes, n_random, seed)
     if not len(changes.cell_R):
         raise CellmillError("no cell has a gene to perturb; give genes that the cells express")
 
-    shifts_R3 = _run(model, tokens_BL, n_genes_B, changes, pooling, goal, tokens_per_batch, progress)
+    shifts_R3 = _run(model, cells, n_genes_B, changes, pooling, goal, tokens_per_batch, progress)
     columns = {"joinid": cells.joinids[changes.cell_R], "gene": changes.gene_R.astype(np.int32)}
     if feature_ids is not None:
         columns["feature_id"] = pa.array(np.asarray(feature_ids, dtype=object)[changes.gene_R])
@@ -147,12 +150,10 @@ def centroid(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    tokens_BL = model.embed_inputs(cells)["tokens"].to(device)
-    lengths_B = (tokens_BL != PAD).sum(1).cpu().numpy()
     total_D = torch.zeros(model.sizes.width, dtype=torch.float64, device=device)
-    for rows in _batches(lengths_B, tokens_per_batch):
-        some_BL = tokens_BL[torch.from_numpy(rows).to(device), : max(lengths_B[rows].max(), 1)]
-        total_D += model.embed_cells({"tokens": some_BL}, pooling).double().sum(0)
+    for rows in _batches(model.token_lengths(cells), tokens_per_batch):
+        inputs = to_device(model.embed_inputs(cells.take(rows)), device)
+        total_D += model.embed_cells(inputs, pooling).double().sum(0)
     model.train(was_training)
     return (total_D / len(cells)).float().cpu().numpy()
 
@@ -250,7 +251,7 @@ def _pooling(model: Geneformer, pooling: str | None) -> str:
 def _plan(
     model: Geneformer,
     cells: CellBatch,
-    tokens_BL: np.ndarray,
+    inputs: Inputs,
     n_genes_B: np.ndarray,
     kind: Kind,
     genes: np.ndarray | None,
@@ -258,28 +259,27 @@ def _plan(
     seed: int,
 ) -> Changes:
     """What is taken out and put in, for every asked and every random gene of each cell."""
-    cell_N, place_N = np.nonzero(tokens_BL >= model.n_specials)
-    gene_N = tokens_BL[cell_N, place_N] - model.n_specials
-    rank_N = place_N - (0 if model.sizes.version == "V1" else 1)
-    key_N = cell_N * model.n_genes + gene_N
+    own_offsets = offsets_of(n_genes_B)
+    gene_G = inputs["tokens"].numpy()[inputs["layout"].index(own_offsets, model.n_around)] - model.n_specials
+    key_G = spread(np.arange(len(cells)), own_offsets) * model.n_genes + gene_G
     if genes is None:
-        asked = key_N
+        asked = key_G
     else:
         asked = (np.arange(len(cells))[:, None] * model.n_genes + genes).ravel()
-        asked = asked if kind == "overexpress" else np.intersect1d(asked, key_N)
-    own = Genes(cells.joinids, offsets_of(n_genes_B), gene_N)
-    shuffled_N = random_order(own.offsets, hash_genes(own, "geneformer random genes", seed))
-    random = key_N[shuffled_N[keep_first(own.offsets, n_random)[0]]]
+        asked = asked if kind == "overexpress" else np.intersect1d(asked, key_G)
+    own = Genes(cells.joinids, own_offsets, gene_G)
+    shuffled_G = random_order(own_offsets, hash_genes(own, "geneformer random genes", seed))
+    random = key_G[shuffled_G[keep_first(own_offsets, n_random)[0]]]
 
     key_R = np.union1d(asked, random)
     cell_R, gene_R = np.divmod(key_R, model.n_genes)
-    by_key = np.argsort(key_N)
-    keys, ranks = np.append(key_N[by_key], len(cells) * model.n_genes), np.append(rank_N[by_key], -1)
+    by_key = np.argsort(key_G)
+    keys, ranks = np.append(key_G[by_key], len(cells) * model.n_genes), np.append(place_within(own_offsets)[by_key], -1)
     found_R = np.searchsorted(keys, key_R)
     has_R = keys[found_R] == key_R
     rank_R = np.where(has_R, ranks[found_R], -1)
     n_R = n_genes_B[cell_R]
-    full_R = n_R == model.sizes.max_length - (0 if model.sizes.version == "V1" else 2)
+    full_R = n_R == model.sizes.max_length - 2 * model.n_around
     out_R = np.where(has_R, rank_R, np.where(full_R, n_R - 1, NOWHERE))
     return Changes(
         cell_R, gene_R, rank_R, out_R, _new_rank(kind, rank_R, n_R), np.isin(key_R, asked), np.isin(key_R, random)
@@ -298,19 +298,21 @@ def _new_rank(kind: Kind, rank_R: np.ndarray, n_R: np.ndarray) -> np.ndarray:
 
 
 def _batches(lengths: np.ndarray, tokens_per_batch: int):
-    """Rows in batches of similar length, from the longest to the shortest, padded to at most `tokens_per_batch`."""
+    """Rows in batches of at most `tokens_per_batch` tokens, or of one row, from the longest to the shortest."""
     order = np.argsort(-lengths, kind="stable")
+    ends = np.cumsum(lengths[order])
     start = 0
     while start < len(order):
-        n = max(tokens_per_batch // max(int(lengths[order[start]]), 1), 1)
-        yield order[start : start + n]
-        start += n
+        done = ends[start - 1] if start else 0
+        stop = max(int(np.searchsorted(ends, done + tokens_per_batch, side="right")), start + 1)
+        yield order[start:stop]
+        start = stop
 
 
 @torch.inference_mode()
 def _run(
     model: Geneformer,
-    tokens_BL: np.ndarray,
+    cells: CellBatch,
     n_genes_B: np.ndarray,
     changes: Changes,
     pooling: str,
@@ -320,31 +322,30 @@ def _run(
 ) -> np.ndarray:
     """float32 [R, 3], the `SHIFTS` of all perturbations, NaN where there is none."""
     device = next(model.parameters()).device
-    depth, first = model.depth(pooling), 0 if model.sizes.version == "V1" else 1
+    depth, first = model.depth(pooling), model.n_around
     goal_D = None if goal is None else F.normalize(torch.as_tensor(goal, dtype=torch.float32, device=device), dim=0)
     length_R = n_genes_B[changes.cell_R] + 2 * first
     length_R += (changes.in_R < NOWHERE).astype(int) - (changes.out_R < NOWHERE)
-    starts_B1 = np.searchsorted(changes.cell_R, np.arange(len(tokens_BL) + 1))
+    starts_B1 = np.searchsorted(changes.cell_R, np.arange(len(cells) + 1))
     shifts_R3 = np.full((len(changes.cell_R), len(SHIFTS)), np.nan, np.float32)
     was_training, n_done = model.training, 0
     model.eval()
-    with Progress("perturbing genes", len(tokens_BL), show=progress) as bar:
+    with Progress("perturbing genes", len(cells), show=progress) as bar:
         for group in _batches(n_genes_B + 2 * first, tokens_per_batch):
-            tokens_CL = torch.from_numpy(tokens_BL[group, : max(n_genes_B[group].max() + 2 * first, 1)]).to(device)
-            before_CLD = model.encode(tokens_CL, depth).float()
+            inputs = to_device(model.embed_inputs(cells.take(group)), device)
+            tokens_S, group_layout = inputs["tokens"], inputs["layout"]
+            before_SD = model.encode(tokens_S, group_layout, depth).float()
             of_group = np.concatenate([np.arange(*starts_B1[[cell, cell + 1]]) for cell in group])
             row_R = np.repeat(np.arange(len(group)), starts_B1[group + 1] - starts_B1[group])
             for rows in _batches(length_R[of_group], tokens_per_batch):
                 at = of_group[rows]
-                numbers = (row_R[rows], changes.out_R[at] + first, changes.in_R[at] + first)
-                numbers += (changes.gene_R[at] + model.n_specials, length_R[at])
-                row_P, out_P, in_P, token_P, length_P = (torch.from_numpy(part).to(device) for part in numbers)
-                tokens_PL, source_PL, same_PL = _change(
-                    tokens_CL, row_P, out_P, in_P, token_P, length_P, model.n_specials
-                )
-                after_PLD = model.encode(tokens_PL, depth).float()
-                before_PLD = before_CLD[row_P[:, None], source_PL]
-                shifts_P3 = _shifts(before_PLD, after_PLD, same_PL, pooling, goal_D)
+                numbers = (group_layout.starts[row_R[rows]], changes.out_R[at] + first, changes.in_R[at] + first)
+                numbers += (changes.gene_R[at] + model.n_specials,)
+                numbers = (torch.from_numpy(part).to(device) for part in numbers)
+                layout = model.packing.layout(length_R[at]).to(device)
+                tokens_N, source_N, same_N = _change(tokens_S, layout, *numbers, model.n_specials)
+                after_ND = model.encode(tokens_N, layout, depth).float()
+                shifts_P3 = _shifts(before_SD[source_N], after_ND, same_N, layout, pooling, goal_D)
                 shifts_R3[at] = shifts_P3.cpu().numpy()
             n_done += len(group)
             bar.update(n_done)
@@ -353,27 +354,32 @@ def _run(
 
 
 def _change(
-    tokens_CL: Tensor, row_P: Tensor, out_P: Tensor, in_P: Tensor, token_P: Tensor, length_P: Tensor, n_specials: int
+    tokens_S: Tensor, layout: Layout, start_P: Tensor, out_P: Tensor, in_P: Tensor, token_P: Tensor, n_specials: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The perturbed cells' tokens [P, L]; where each token stood before; whether it is a gene that stands in both."""
-    place_1L = torch.arange(max(int(length_P.max()), 1), device=tokens_CL.device)[None]
-    is_new_PL = place_1L == in_P[:, None]
-    kept_PL = place_1L - (place_1L > in_P[:, None]).long()
-    source_PL = (kept_PL + (kept_PL >= out_P[:, None])).clamp(max=tokens_CL.shape[1] - 1)
-    tokens_PL = torch.where(is_new_PL, token_P[:, None], tokens_CL[row_P[:, None], source_PL])
-    tokens_PL = tokens_PL.masked_fill(place_1L >= length_P[:, None], PAD)
-    return tokens_PL, source_PL, (tokens_PL >= n_specials) & ~is_new_PL
+    """The perturbed cells' tokens [N]; the slot where each stood before; whether it is a gene that stands in both.
+
+    `start_P` is the cell's first slot in `tokens_S`; `out_P` and `in_P` are places within the cell.
+    """
+    row_N, place_N = layout.rows_N.clamp(max=len(layout) - 1), layout.places_N
+    in_N = in_P[row_N]
+    is_new_N = place_N == in_N
+    kept_N = place_N - (place_N > in_N).long()
+    source_N = start_P[row_N] + kept_N + (kept_N >= out_P[row_N])
+    source_N = source_N.clamp(max=len(tokens_S) - 1)  # of a new token behind all others, which has none
+    tokens_N = torch.where(is_new_N, token_P[row_N], tokens_S[source_N]).masked_fill(~layout.used_N, PAD)
+    return tokens_N, source_N, (tokens_N >= n_specials) & ~is_new_N
 
 
-def _shifts(before_PLD: Tensor, after_PLD: Tensor, same_PL: Tensor, pooling: str, goal_D: Tensor | None) -> Tensor:
+def _shifts(
+    before_ND: Tensor, after_ND: Tensor, same_N: Tensor, layout: Layout, pooling: str, goal_D: Tensor | None
+) -> Tensor:
     """float32 [P, 3], the `SHIFTS`."""
-    n_P = same_PL.sum(1)
-    gene_P = (_one_minus_cosine(before_PLD, after_PLD) * same_PL).sum(1) / n_P
+    n_P1 = layout.sum(same_N[:, None])
+    gene_P = (layout.sum(_one_minus_cosine(before_ND, after_ND)[:, None], same_N) / n_P1)[:, 0]
     if pooling.startswith("cls"):
-        before_PD, after_PD = before_PLD[:, 0], after_PLD[:, 0]
+        before_PD, after_PD = before_ND[layout.starts_B], after_ND[layout.starts_B]
     else:
-        weight_P1L = (same_PL / n_P[:, None])[:, None]
-        before_PD, after_PD = (weight_P1L @ before_PLD)[:, 0], (weight_P1L @ after_PLD)[:, 0]
+        before_PD, after_PD = layout.sum(before_ND, same_N) / n_P1, layout.sum(after_ND, same_N) / n_P1
     goal_P = torch.full_like(gene_P, torch.nan)
     if goal_D is not None:
         goal_P = (F.normalize(after_PD, dim=1) - F.normalize(before_PD, dim=1)) @ goal_D
