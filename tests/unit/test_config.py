@@ -122,7 +122,11 @@ BAD_MODELS = {
     "unknown pooling": (MODEL | {"embedding": {"pooling": "max"}}, "pooling 'max' is unknown"),
     "unknown training key": (MODEL | {"training": {"lr": 1}}, "'training.lr' is not a known key"),
     "no steps": (MODEL | {"training": {"steps": 0}}, "'training.steps' is 0"),
-    "uneven micro batch": (MODEL | {"training": {"batch_size": 10, "micro_batch_size": 4}}, "not a multiple"),
+    "uneven ranks": (MODEL | {"training": {"batch_size": 10, "ranks": 4}}, "not a multiple of the 4 ranks"),
+    "no micro batch": (MODEL | {"training": {"micro_batch_tokens": 0}}, "micro_batch_tokens is 0"),
+    "sharded muon": (MODEL | {"training": {"optimizer": "muon", "parallel": "fsdp", "ranks": 2}}, "take ddp or adamw"),
+    "many shapes": (MODEL | {"training": {"compile": "on", "packing": "padded"}}, "needs few shapes"),
+    "a limit of nothing": (MODEL | {"training": {"memory_gb": 4}}, "micro_batch_tokens: auto"),
 }
 
 

@@ -433,9 +433,6 @@ def check_names(run: Run) -> None:
         if pooling is not None and pooling not in architecture.poolings:
             known = ", ".join(architecture.poolings)
             raise CellmillError(f"model '{name}': pooling '{pooling}' is unknown; {recipe.architecture} has {known}")
-        micro, batch = recipe.training.micro_batch_size, recipe.training.batch_size
-        if micro is not None and batch % micro:
-            raise CellmillError(f"model '{name}': batch_size {batch} is not a multiple of micro_batch_size {micro}")
     for name, recipe in run.tasks.items():
         parse(load_task(recipe.task).Settings, recipe.settings, f"config/tasks/{name}.yaml, settings")
     for baseline in run.config.baselines:

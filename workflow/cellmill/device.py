@@ -7,6 +7,9 @@ import torch
 from cellmill.errors import CellmillError
 from cellmill.recipes import Training
 
+EXACT = nullcontext()
+"""The context of forward passes in float32."""
+
 
 def best_device() -> torch.device:
     """The current CUDA device where there is one (CUDA_VISIBLE_DEVICES chooses it), else the CPU."""
@@ -44,4 +47,4 @@ def set_up_torch(training: Training) -> tuple[torch.device, AbstractContextManag
     automatic = training.precision == "auto" and device.type == "cuda" and has_bfloat16
     if training.precision == "bfloat16" or automatic:
         return device, torch.autocast(device.type, torch.bfloat16)
-    return device, nullcontext()
+    return device, EXACT

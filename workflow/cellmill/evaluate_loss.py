@@ -11,11 +11,14 @@ import torch
 
 from cellmill.device import best_device
 from cellmill.errors import CellmillError
-from cellmill.models.base import CellModel, Inputs, Losses, to_device
+from cellmill.models.base import CellModel, Losses
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.dataset import Shards
+from cellmill.training.micro_batches import views
 
 TRIVIAL_CELLS = 65536
+TOKENS = 16384
+"""Of a forward pass, at most."""
 
 
 def held_out_losses(
@@ -36,7 +39,7 @@ def held_out_losses(
     shards, split
         Cells that the model was not trained on.
     batch_size
-        Cells per forward pass.
+        Cells per forward pass at most; where they have more than `TOKENS` tokens, they are cut.
     seed
         Decides which positions are hidden.
     max_cells
@@ -81,8 +84,9 @@ def trivial_held_out(
     with torch.inference_mode():
         for batch in spread_batches(shards, split, batch_size, max_cells, model.categories):
             for draw in range(draws):
-                inputs = _inputs(model, batch, seed + draw, device)
-                sums.add(model.trivial_losses(inputs, trivial), 0 if draw else len(batch))
+                for inputs in views(model, batch, TOKENS, device, seed=seed + draw, step=None):
+                    sums.add(model.trivial_losses(inputs, trivial))
+            sums.cells += len(batch)
     return _finite(sums.means(), "the trivial baseline")
 
 
@@ -92,8 +96,9 @@ def mean_losses(
     seed: int,
     autocast: AbstractContextManager | None = None,
     draws: int = 1,
+    limit: int = TOKENS,
 ) -> dict[str, float]:
-    """`held_out_losses` on given batches, without the check of finiteness."""
+    """`held_out_losses` on given batches, `limit` tokens at a time, without the check of finiteness."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -101,8 +106,9 @@ def mean_losses(
     with torch.inference_mode(), autocast or nullcontext():
         for batch in batches:
             for draw in range(draws):
-                inputs = _inputs(model, batch, seed + draw, device)
-                sums.add(model(inputs, step=None), 0 if draw else len(batch))
+                for inputs in views(model, batch, limit, device, seed=seed + draw, step=None):
+                    sums.add(model(inputs, step=None))
+            sums.cells += len(batch)
     model.train(was_training)
     return sums.means()
 
@@ -111,11 +117,10 @@ class TermSums:
     """Sums and counts of loss terms over batches, kept on the model's device so that no batch waits for it."""
 
     def __init__(self):
-        self._sums, self._counts, self._cells = {}, {}, 0
+        self._sums, self._counts, self.cells = {}, {}, 0
 
-    def add(self, terms: Losses, n_cells: int) -> None:
-        """Add the terms of one batch of `n_cells`."""
-        self._cells += n_cells
+    def add(self, terms: Losses) -> None:
+        """Add the terms of one forward pass."""
         for name, term in terms.items():
             self._sums[name] = self._sums.get(name, 0.0) + term.sum.detach().double()
             self._counts[name] = self._counts.get(name, 0.0) + term.count.detach().double()
@@ -123,7 +128,7 @@ class TermSums:
     def means(self) -> dict[str, float]:
         """``loss``, every term's mean (0 for a term without positions), ``cells``."""
         terms = {name: float(total / self._counts[name].clamp(min=1)) for name, total in self._sums.items()}
-        return {"loss": sum(terms.values()), **terms, "cells": self._cells}
+        return {"loss": sum(terms.values()), **terms, "cells": self.cells}
 
 
 def spread_batches(
@@ -150,10 +155,6 @@ def spread_batches(
         skipped = (n_cells - n_kept) * i // max(n_batches - 1, 1)
         size = min(batch_size, n_kept - i * batch_size)
         yield next(shards.batches(split, size, i * batch_size + skipped, categories))
-
-
-def _inputs(model: CellModel, batch: CellBatch, seed: int, device: torch.device) -> Inputs:
-    return to_device(model.pretrain_inputs(batch, seed=seed, step=None), device)
 
 
 def _finite(losses: dict[str, float], who: str) -> dict[str, float]:

@@ -4,6 +4,9 @@ A run is a pure function of (shards, statistics, recipe, seed): what a cell's vi
 the order of the cells by the seed, and dropout by torch's generators, whose states are saved. On the CPU every
 operation is deterministic, so a run that was killed and went on ends in the same weights, to the bit, as one that was
 not.
+
+A step's objective is the sum over its terms of each term's mean over all cells of all ranks. The counts of the
+predicted positions are known before the first forward pass, so every micro batch is weighed exactly.
 """
 
 import dataclasses
@@ -11,40 +14,37 @@ import hashlib
 import math
 import shutil
 import time
-from contextlib import AbstractContextManager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.distributed as dist
 
 from cellmill import __version__
-from cellmill.checkpoints import build_model, fill_model, model_tensors, save_checkpoint, vocabulary_hash
-from cellmill.device import set_up_torch
+from cellmill.checkpoints import build_model, save_checkpoint, vocabulary_hash
+from cellmill.device import EXACT, set_up_torch
 from cellmill.errors import CellmillError
 from cellmill.evaluate_loss import mean_losses, spread_batches
 from cellmill.files import atomic
-from cellmill.models.base import CellModel, GeneStatistics, Inputs, Losses, LossTerm, to_device, total_loss
-from cellmill.training.optimizer import fill_optimizer, learning_rate, make_optimizer, optimizer_tensors
+from cellmill.models.base import GeneStatistics, Inputs, Losses, LossTerm, total_loss
 from cellmill.progress import Progress
 from cellmill.provenance import content_hash
-from cellmill.randomness import hash64
 from cellmill.recipes import ModelRecipe
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.dataset import Shards
 from cellmill.shards.loader import Loader
+from cellmill.training.log import LOG, MACHINE, Log
+from cellmill.training.meter import Meter
+from cellmill.training.micro_batches import Step, packing, views
+from cellmill.training.optimizer import learning_rate, make_optimizer
+from cellmill.training.parallel import Ranks, Wrapped, fill, whole_tensors, wrap
+from cellmill.training.precision import is_compiled, prepare_blocks
 from cellmill.training.state import State, load_state, save_state
 
-LOG = "log.parquet"
-LOG_SCHEMA = pa.schema(
-    [
-        ("step", pa.int64()),  # optimiser steps done
-        ("split", pa.string()),
-        ("metric", pa.string()),  # loss, its terms, learning_rate, gradient_norm; cells, genes: read so far
-        ("value", pa.float64()),
-        ("seconds", pa.float64()),  # of training so far, over all processes
-    ]
-)
+ELSEWHERE = ("ranks", "nodes", "parallel", "memory_gb", "spike_factor", "early_stop")
+"""Keys of the training that a run may change and still go on from its state: where it runs and when it is stopped."""
 
 
 def pretrain(
@@ -88,54 +88,70 @@ def pretrain(
     """
     out, state, training = Path(out), Path(state), recipe.training
     shards.check_vocabulary(vocabulary_hash(meta["feature_ids"]))
+    ranks = Ranks.from_environment()
+    ranks.check(training)
     fingerprint = _fingerprint(shards, statistics, recipe, seed, meta)
     found, remarks = load_state(state, fingerprint)
-    run = _Run(shards, statistics, recipe, seed)
-    n_cells = training.batch_size * training.steps
     n_done = training.batch_size * found.step if found else 0
-    with run.loader, Progress(f"{name} seed {seed}", n_cells, n_done) as progress:
-        for remark in remarks:
-            progress.say(remark)
-        if found:
-            run.restore(found)
-            progress.say(f"goes on from step {run.step} of {training.steps}")
-        run.train(state, fingerprint, progress)
-    provenance = {
-        **meta,
-        "name": name,
-        "seed": seed,
-        "steps": training.steps,
-        "recipe": {key: value for key, value in dataclasses.asdict(recipe).items() if key != "embedding"},
-        "corpus": {"organism": shards.manifest["organism"], "census": shards.manifest["census"]},
-        "primary_only": shards.primary_only,
-        "datasets": sorted(set().union(*(shards.datasets(split) for split in shards.splits))),
-        "shards_hash": content_hash(shards.manifest),
-    }
-    save_checkpoint(out, run.model, provenance)
-    with atomic(out / LOG) as path:
-        pq.write_table(run.log.table(), path)
-    shutil.rmtree(state, ignore_errors=True)
+    with (
+        ranks.joined(),
+        Progress(f"{name} seed {seed}", training.batch_size * training.steps, n_done, ranks.main) as bar,
+    ):
+        run = _Run(shards, statistics, recipe, seed, ranks)
+        with run.loader:
+            for remark in remarks:
+                bar.say(remark)
+            if found:
+                run.restore(found)
+                bar.say(f"goes on from step {run.step} of {training.steps}")
+            run.train(state, fingerprint, bar)
+        if not ranks.main:
+            whole_tensors(run.model)
+            return
+        provenance = {
+            **meta,
+            "name": name,
+            "seed": seed,
+            "steps": training.steps,
+            "recipe": {key: value for key, value in dataclasses.asdict(recipe).items() if key != "embedding"},
+            "corpus": {"organism": shards.manifest["organism"], "census": shards.manifest["census"]},
+            "primary_only": shards.primary_only,
+            "datasets": sorted(set().union(*(shards.datasets(split) for split in shards.splits))),
+            "shards_hash": content_hash(shards.manifest),
+        }
+        save_checkpoint(out, run.model, provenance)
+        with atomic(out / LOG) as path:
+            pq.write_table(run.log.table(), path)
+        shutil.rmtree(state, ignore_errors=True)
 
 
 class _Run:
-    """One training run between its first and its last step."""
+    """One training run between its first and its last step, on one rank."""
 
-    def __init__(self, shards: Shards, statistics: GeneStatistics, recipe: ModelRecipe, seed: int):
-        training = recipe.training
-        self.training, self.seed = training, seed
-        self.micro_batch_size = min(training.micro_batch_size or training.batch_size, training.batch_size)
+    def __init__(
+        self, shards: Shards, statistics: GeneStatistics, recipe: ModelRecipe, seed: int, ranks: Ranks | None = None
+    ):
+        training, ranks = recipe.training, ranks or Ranks()
+        self.training, self.seed, self.ranks = training, seed, ranks
         self.device, self.autocast = set_up_torch(training)
         self.model = build_model(recipe, shards.n_genes, statistics, seed).to(self.device)
+        self.limit = 16384 if training.micro_batch_tokens == "auto" else training.micro_batch_tokens
+        self.model.packing = packing(training, self.limit, is_compiled(training, self.device))
+        prepare_blocks(self.model, training, self.device)
+        self.wrapped = wrap(self.model, training, ranks)
         self.optimizer = make_optimizer(self.model, training)
-        self.loader = Loader(shards, "train", training.batch_size, seed, categories=self.model.categories)
+        categories = self.model.categories
+        self.loader = Loader(shards, "train", training.batch_size, seed, ranks.rank, ranks.world, categories=categories)
         self.validation = []
         if "validation" in shards.splits and shards.n_cells("validation"):
-            size, n_cells = self.micro_batch_size, training.validation_cells
-            self.validation = list(spread_batches(shards, "validation", size, n_cells, self.model.categories))
-        self.log = _Log()
-        self.step, self.genes = 0, 0
+            size, n_cells = training.batch_size, training.validation_cells
+            self.validation = list(spread_batches(shards, "validation", size, n_cells, categories))
+        self.beside = dist.new_group(backend="gloo") if training.batch_tokens and ranks.world > 1 else None
+        self.log = Log()
+        self.meter = Meter(self.device, torch.float32 if self.autocast is EXACT else torch.bfloat16, ranks)
+        self.step, self.cells, self.genes = 0, 0, 0
         self.seconds_before, self.began = 0.0, time.monotonic()
-        torch.manual_seed(int(hash64(seed, "dropout").view("int64")[0]))  # of the CPU and of every GPU
+        ranks.seed(seed)
 
     @property
     def seconds(self) -> float:
@@ -148,78 +164,98 @@ class _Run:
         if self.step == 0:
             self._validate()
         self.model.train()
-        if self.step < training.steps:
-            batch, parts = self._next_batch()
-        while self.step < training.steps:
-            position = self.loader.state_dict()
-            measured = self._update(parts)
-            self.step, self.genes = self.step + 1, self.genes + len(batch.genes)
-            if self.step < training.steps:  # made while a GPU still works on the step
-                batch, parts = self._next_batch()
-            loss = self._record(measured)
-            progress.update(self.step * training.batch_size, f"step {self.step}, loss {loss:.4f}")
-            last = self.step == training.steps
-            if last or self.step % training.validate_every == 0:
-                self._validate()
-            if last or self.step % training.checkpoint_every == 0:
-                save_state(folder, self._state(position), fingerprint)
+        with ThreadPoolExecutor(1, "cellmill-views") as ahead:  # makes the views of the next step
+            coming = ahead.submit(self.prepare, self.step)
+            while self.step < training.steps:
+                now = coming.result()
+                if self.step + 1 < training.steps:
+                    coming = ahead.submit(self.prepare, self.step + 1)
+                with self.meter.step():
+                    measured = self.update(now.parts, len(now.cells.genes))
+                    self.meter.count(self.model, now.parts, len(now.cells), self.step)
+                self.step, self.cells = self.step + 1, self.cells + now.n_cells
+                loss = self._record(measured)
+                progress.update(self.step * training.batch_size, f"step {self.step}, loss {loss:.4f}")
+                last = self.step == training.steps
+                if last or self.step % training.validate_every == 0:
+                    self._validate()
+                if last or self.step % training.checkpoint_every == 0:
+                    self._save(folder, now.after, fingerprint)
 
     def restore(self, state: State) -> None:
         """Go back to where `state` was saved."""
-        tensors = {"model.": {}, "optimizer.": {}, "random.": {}}
-        for name, tensor in state.tensors.items():
-            room, _, rest = name.partition(".")
-            tensors[f"{room}."][rest] = tensor
-        fill_model(self.model, tensors["model."], "the training state")
-        fill_optimizer(self.optimizer, tensors["optimizer."])
-        torch.set_rng_state(tensors["random."]["cpu"])
-        if self.device.type == "cuda" and "cuda" in tensors["random."]:
-            torch.cuda.set_rng_state(tensors["random."]["cuda"], self.device)
+        random = {name.removeprefix("random."): t for name, t in state.tensors.items() if name.startswith("random.")}
+        others = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("random.")}
+        fill(self.model, self.optimizer, others, "the training state")
+        self.ranks.restore_random(random, self.seed, state.step, self.device)
         self.loader.load_state_dict(state.loader)
-        self.log = _Log(state.log)
-        self.step, self.genes = state.step, state.genes
+        self.log = Log(state.log)
+        self.step, self.cells, self.genes, self.limit = state.step, state.cells, state.genes, state.limit
         self.seconds_before, self.began = state.seconds, time.monotonic()
 
-    def _state(self, position: dict) -> State:
-        tensors = {f"model.{name}": tensor for name, tensor in model_tensors(self.model).items()}
-        tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
-        tensors["random.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+    def state(self, position: dict) -> State:
+        """All that the rest of the run depends on, `position` being the loader's; every rank must ask for it."""
+        random = self.ranks.random_tensors(self.device)
         return State(
             step=self.step,
             seconds=self.seconds,
+            cells=self.cells,
             genes=self.genes,
+            limit=self.limit,
             loader=position,
-            tensors=tensors,
+            tensors=whole_tensors(self.model, self.optimizer) | {f"random.{name}": t for name, t in random.items()},
             log=self.log.table(),
         )
 
-    def _next_batch(self) -> tuple[CellBatch, list[Inputs]]:
-        """The next step's cells and their view, cut into micro batches."""
-        batch = next(self.loader)
-        parts = []
-        for i in range(0, len(batch), self.micro_batch_size):
-            cells = batch.slice(i, min(i + self.micro_batch_size, len(batch)))
-            parts.append(to_device(self.model.pretrain_inputs(cells, seed=self.seed, step=self.step), self.device))
-        return batch, parts
+    def _save(self, folder: Path, position: dict, fingerprint: str) -> None:
+        with self.meter.paused():
+            state = self.state(position)
+            if self.ranks.main:
+                save_state(folder, state, fingerprint)
 
-    def _update(self, parts: list[Inputs]) -> dict[str, torch.Tensor]:
+    def prepare(self, step: int) -> Step:
+        """Read this rank's cells of a step and make the views of their micro batches."""
+        batches = [next(self.loader)]
+        if self.training.batch_tokens:
+            tokens = self._tokens(batches[0])
+            while tokens < self.training.batch_tokens:
+                batches.append(next(self.loader))
+                tokens += max(self._tokens(batches[-1]), 1)  # cells without a token cannot be waited for
+        cells = CellBatch.concatenate(batches) if len(batches) > 1 else batches[0]
+        parts = views(self.model, cells, self.limit, self.device, seed=self.seed, step=step)
+        return Step(cells, parts, len(batches) * self.training.batch_size, self.loader.state_dict())
+
+    def _tokens(self, cells: CellBatch) -> int:
+        """Tokens of these cells and of what the other ranks read beside them."""
+        tokens = torch.tensor(int(self.model.token_lengths(cells).sum()))
+        if self.beside is not None:  # a group of its own: the main thread exchanges tensors at the same time
+            dist.all_reduce(tokens, group=self.beside)
+        return int(tokens)
+
+    def update(self, parts: list[Inputs], n_genes: int = 0) -> dict[str, torch.Tensor]:
         """Take one optimiser step; returns what to log of it, still on the device."""
         rate = learning_rate(self.step, self.training)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        terms = accumulate_gradients(self.model, parts, self.step, self.autocast)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.gradient_clip)
+        terms = accumulate_gradients(self.wrapped, parts, self.step, self.autocast, self.ranks)
+        norm = self.wrapped.clip(self.training.gradient_clip)
         self.optimizer.step()
+        return self._over_ranks(terms, n_genes) | {"gradient_norm": norm, "learning_rate": torch.tensor(rate)}
+
+    def _over_ranks(self, terms: Losses, n_genes: int) -> dict[str, torch.Tensor]:
+        """The step's loss, the means of its terms and the expressed genes that were read, of all ranks."""
+        genes = torch.tensor(n_genes, device=self.device)
+        sums = self.ranks.sum(torch.stack([genes.double(), *(term.sum.double() for term in terms.values())]))
+        terms = {name: LossTerm(total, terms[name].count) for name, total in zip(terms, sums[1:], strict=True)}
         means = {name: term.sum / term.count.clamp(min=1) for name, term in terms.items()}
-        return {"loss": total_loss(terms), **means, "gradient_norm": norm, "learning_rate": torch.tensor(rate)}
+        return {"loss": total_loss(terms), **means, "genes": sums[0]}
 
     def _record(self, measured: dict[str, torch.Tensor]) -> float:
         """Wait for a step's numbers, check and log them; returns the loss."""
         numbers = torch.stack([number.to(self.device, torch.float64) for number in measured.values()]).tolist()
         values = dict(zip(measured, numbers, strict=True))
+        self.genes += int(values["genes"])
         for metric in ("loss", "gradient_norm"):
             if not math.isfinite(values[metric]):
                 raise CellmillError(
@@ -227,64 +263,67 @@ class _Run:
                     "raise training.warmup_steps or set training.precision to float32 (the last saved state is kept)"
                 )
         if self.step % self.training.log_every == 0 or self.step == self.training.steps:
-            read = {"cells": self.step * self.training.batch_size, "genes": self.genes}
+            read = {"cells": self.cells, "genes": self.genes}
             self.log.add(self.step, "train", values | read, self.seconds)
+            self.log.add(self.step, MACHINE, self.meter.read(), self.seconds)
         return values["loss"]
 
     def _validate(self) -> None:
         if self.validation:
-            losses = mean_losses(self.model, self.validation, self.seed, self.autocast)
+            with self.meter.paused():
+                losses = mean_losses(self.model, self.validation, self.seed, self.autocast, limit=self.limit)
             self.log.add(self.step, "validation", losses, self.seconds)
 
 
-def accumulate_gradients(model: CellModel, parts: list[Inputs], step: int, autocast: AbstractContextManager) -> Losses:
+def accumulate_gradients(
+    wrapped: Wrapped,
+    parts: list[Inputs],
+    step: int,
+    autocast: AbstractContextManager,
+    ranks: Ranks | None = None,
+) -> Losses:
     """Add the gradient of one optimiser step's objective to the parameters, micro batch by micro batch.
 
-    A micro batch's objective is weighed by its number of predicted positions. The sum is the gradient of the whole
-    batch's objective wherever the terms' numbers of positions keep one ratio over the micro batches (always, if there
-    is one term or all share their positions), and an approximation of it elsewhere.
+    The objective is the sum over terms of each one's mean over the whole step, of all ranks, so the gradient is the
+    same however the cells are cut into micro batches and ranks.
+
+    Parameters
+    ----------
+    wrapped
+        The model.
+    parts
+        The views of this rank's micro batches, on its device.
+    step
+        Optimiser steps done.
+    autocast
+        The arithmetic of forward passes.
+    ranks
+        Who else works on the step.
 
     Returns
     -------
     dict
-        The whole batch's terms, detached.
+        The terms, detached: sums over this rank's cells, counts over those of all ranks.
     """
-    sums, counts = {}, {}
-    n_positions = torch.zeros((), device=next(model.parameters()).device)
-    for inputs in parts:
-        with autocast:
-            terms = model(inputs, step=step)
-        n_here = sum(term.count for term in terms.values())
-        loss = total_loss(terms)
-        (loss if len(parts) == 1 else loss * n_here).backward()
-        n_positions = n_positions + n_here
+    ranks, model = ranks or Ranks(), wrapped.model
+    counted = [model.loss_counts(inputs, step=step) for inputs in parts]
+    names = list(counted[0])
+    totals = ranks.sum(
+        torch.stack([torch.stack([counts[name].double() for name in names]) for counts in counted]).sum(0)
+    )
+    counts = dict(zip(names, totals, strict=True))
+    sums = dict.fromkeys(names, 0.0)
+    n_passes = ranks.most(len(parts)) if wrapped.even else len(parts)
+    for i in range(n_passes):  # a rank with fewer micro batches than the others repeats its last one, for nothing
+        inputs, weight = parts[min(i, len(parts) - 1)], float(i < len(parts))
+        with nullcontext() if i == n_passes - 1 else wrapped.no_sync():
+            with autocast:
+                terms = wrapped.forward(inputs, step)
+            loss = sum(term.sum / counts[name].clamp(min=1).to(term.sum.dtype) for name, term in terms.items())
+            (loss if weight else loss * 0).backward()
         for name, term in terms.items():
-            sums[name] = sums.get(name, 0) + term.sum.detach()
-            counts[name] = counts.get(name, 0) + term.count
-    if len(parts) > 1:
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        torch._foreach_div_(gradients, n_positions.clamp(min=1))
-    return {name: LossTerm(sums[name], counts[name]) for name in sums}
-
-
-class _Log:
-    """The tidy log of a run, in rows of `LOG_SCHEMA`."""
-
-    def __init__(self, before: pa.Table | None = None):
-        self.before = before or LOG_SCHEMA.empty_table()
-        self.rows = []
-
-    def add(self, step: int, split: str, values: dict[str, float], seconds: float) -> None:
-        """One row for every metric in `values`."""
-        for metric, value in values.items():
-            row = {"step": step, "split": split, "metric": metric, "value": value, "seconds": seconds}
-            self.rows.append(row)
-
-    def table(self) -> pa.Table:
-        """All rows so far."""
-        self.before = pa.concat_tables([self.before, pa.Table.from_pylist(self.rows, LOG_SCHEMA)]).combine_chunks()
-        self.rows = []
-        return self.before
+            sums[name] = sums[name] + weight * term.sum.detach()
+    return {name: LossTerm(sums[name], counts[name]) for name in names}
 
 
 def _fingerprint(shards: Shards, statistics: GeneStatistics, recipe: ModelRecipe, seed: int, meta: dict) -> str:
@@ -295,7 +334,7 @@ def _fingerprint(shards: Shards, statistics: GeneStatistics, recipe: ModelRecipe
             statistics_hash.update(value.numpy().tobytes())
     content = {
         "architecture": [recipe.architecture, recipe.preset, recipe.sizes],
-        "training": dataclasses.asdict(recipe.training),
+        "training": {k: v for k, v in dataclasses.asdict(recipe.training).items() if k not in ELSEWHERE},
         "seed": seed,
         "shards": shards.manifest,
         "statistics": [statistics_hash.hexdigest(), statistics.categories],

@@ -8,19 +8,41 @@ from dataclasses import dataclass, field
 from os.path import expanduser, expandvars
 from typing import Literal
 
+from cellmill.errors import CellmillError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a model is trained: AdamW, linear warm-up then cosine decay, gradient clipping, exact resume."""
+    """How a model is trained: linear warm-up then cosine decay, gradient clipping, exact resume."""
 
     steps: int = field(default=200, metadata={"description": "Optimiser steps.", "ge": 1})
-    batch_size: int = field(default=32, metadata={"description": "Cells per optimiser step.", "ge": 1})
-    micro_batch_size: int | None = field(
+    batch_size: int = field(
+        default=32, metadata={"description": "Cells per optimiser step, of all ranks together.", "ge": 1}
+    )
+    batch_tokens: int | None = field(
         default=None,
         metadata={
-            "description": "Cells per forward pass; gradients are accumulated up to batch_size. Default: all.",
+            "description": "Tokens per optimiser step at least: batches of batch_size cells are taken until all ranks "
+            "together have so many. Default: one batch a step.",
             "ge": 1,
         },
+    )
+    micro_batch_tokens: int | Literal["auto"] = field(
+        default=16384,
+        metadata={
+            "description": "Tokens of one forward and backward pass at most, 1 or more; a step's gradient is the same "
+            "however its cells are cut. auto: as many as the memory holds."
+        },
+    )
+    packing: Literal["packed", "padded"] = field(
+        default="packed",
+        metadata={
+            "description": "packed: the tokens of all cells one after the other; padded: every cell as long as the "
+            "longest of its micro batch, the plain way, for comparison."
+        },
+    )
+    optimizer: Literal["adamw", "muon"] = field(
+        default="adamw", metadata={"description": "muon: Muon for the matrices of the layers, AdamW for all else."}
     )
     learning_rate: float = field(default=1e-3, metadata={"description": "Peak learning rate.", "gt": 0})
     final_learning_rate_fraction: float = field(
@@ -41,7 +63,49 @@ class Training:
             "description": "Arithmetic of the forward pass; auto: bfloat16 on a GPU that has it, float32 on the CPU."
         },
     )
+    compile: Literal["auto", "on", "off"] = field(
+        default="auto",
+        metadata={"description": "Whether the layers are compiled (torch.compile); auto: on a GPU, where packed."},
+    )
+    checkpoint_activations: bool = field(
+        default=False,
+        metadata={
+            "description": "Whether layers are computed again in the backward pass instead of kept: a third more work, "
+            "far less memory."
+        },
+    )
+    memory_gb: float | None = field(
+        default=None,
+        metadata={
+            "description": "Memory (of the GPU, if there is one) that micro_batch_tokens: auto may fill. Default: what "
+            "is free.",
+            "gt": 0,
+        },
+    )
+    ranks: int = field(default=1, metadata={"description": "Processes that train together on one machine.", "ge": 1})
+    nodes: int = field(default=1, metadata={"description": "Machines that train together.", "ge": 1})
+    parallel: Literal["ddp", "fsdp"] = field(
+        default="ddp",
+        metadata={
+            "description": "What several ranks share: ddp: the cells; fsdp: also the weights and the optimiser's state."
+        },
+    )
     validate_every: int = field(default=50, metadata={"description": "Steps between validations.", "ge": 1})
+    early_stop: int | None = field(
+        default=None,
+        metadata={
+            "description": "Validations in a row without a better loss after which training ends. Default: it goes on.",
+            "ge": 1,
+        },
+    )
+    spike_factor: float | None = field(
+        default=None,
+        metadata={
+            "description": "Training stops at a loss that is so many times the median of recent ones. Default: only "
+            "at one that is not finite.",
+            "gt": 1,
+        },
+    )
     validation_cells: int = field(
         default=2048, metadata={"description": "Largest number of held-out cells of one validation.", "ge": 1}
     )
@@ -54,6 +118,29 @@ class Training:
         metadata={"description": "CPU threads; part of the recipe since sums depend on it to the bit.", "ge": 1},
     )
 
+    def __post_init__(self):
+        if self.micro_batch_tokens != "auto" and self.micro_batch_tokens < 1:
+            raise CellmillError(
+                f"training.micro_batch_tokens is {self.micro_batch_tokens}; set it to 1 or more, or to auto"
+            )
+        world = self.ranks * self.nodes
+        if self.batch_size % world:
+            raise CellmillError(
+                f"training.batch_size {self.batch_size} is not a multiple of the {world} ranks that share it; "
+                "change one of them"
+            )
+        if self.optimizer == "muon" and self.parallel == "fsdp" and world > 1:
+            raise CellmillError(
+                "training.optimizer muon needs whole matrices, which training.parallel fsdp cuts; take ddp or adamw"
+            )
+        if self.compile == "on" and self.packing == "padded":
+            raise CellmillError(
+                "training.compile on needs few shapes, and training.packing padded gives each step its own; "
+                "take packed or compile: off"
+            )
+        if self.memory_gb is not None and self.micro_batch_tokens != "auto":
+            raise CellmillError("training.memory_gb is a limit for micro_batch_tokens: auto; set that, or leave it out")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding:
@@ -63,6 +150,10 @@ class Embedding:
         default=None, metadata={"description": "One of the architecture's poolings. Default: its paper's own."}
     )
     batch_size: int = field(default=64, metadata={"description": "Cells per forward pass.", "ge": 1})
+    precision: Literal["float32", "bfloat16"] = field(
+        default="float32",
+        metadata={"description": "Arithmetic; bfloat16 is faster and keeps about three digits."},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,8 +33,10 @@ class State:
         Optimiser steps done.
     seconds
         Time spent on them, over all processes.
-    genes
-        Expressed genes read in them.
+    cells, genes
+        Cells, and their expressed genes, that all ranks read in them.
+    limit
+        Tokens of a micro batch at most.
     loader
         The loader's ``state_dict()``.
     tensors
@@ -45,7 +47,9 @@ class State:
 
     step: int
     seconds: float
+    cells: int
     genes: int
+    limit: int
     loader: dict
     tensors: dict[str, torch.Tensor]
     log: pa.Table
@@ -69,7 +73,9 @@ def save_state(folder: Path, state: State, fingerprint: str) -> None:
             "fingerprint": fingerprint,
             "step": state.step,
             "seconds": state.seconds,
+            "cells": state.cells,
             "genes": state.genes,
+            "limit": state.limit,
             "loader": state.loader,
             "sha256": {name: sha256(temporary / name) for name in (TENSORS, LOG)},
         }
@@ -103,7 +109,7 @@ def load_state(folder: Path, fingerprint: str) -> tuple[State | None, list[str]]
             if damaged:
                 remarks.append(f"{path} is not used: {damaged[0]} is damaged")
                 continue
-            progress = {key: record[key] for key in ("step", "seconds", "genes", "loader")}
+            progress = {key: record[key] for key in ("step", "seconds", "cells", "genes", "limit", "loader")}
             return State(**progress, tensors=load_file(path / TENSORS), log=pq.read_table(path / LOG)), remarks
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             remarks.append(f"{path} is not used: it is damaged ({error})")
