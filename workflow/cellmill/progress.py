@@ -30,38 +30,65 @@ class Progress:
     def __enter__(self) -> "Progress":
         if self._bar:
             self._bar.start()
-            self._task = self._bar.add_task(self.title, total=self.total, completed=self.start, note="")
+            self._task = self._bar.add_task(self.title, total=self.total, completed=self.start, note="", left="")
         return self
 
     def __exit__(self, *_) -> None:
         if self._bar:
             self._bar.stop()
 
-    def update(self, done: int, note: str = "") -> None:
-        """Say that `done` cells are done; `note` is a short text such as the loss."""
+    def update(self, done: int, note: str = "", speed: str = "") -> None:
+        """Say that `done` cells are done.
+
+        Parameters
+        ----------
+        done
+            Cells so far, those of earlier processes included.
+        note
+            A short text such as the loss.
+        speed
+            More about the speed than cells per second, such as tokens per second.
+        """
         now = time.monotonic()
+        due = now - self._said >= SECONDS_BETWEEN_LINES or done >= self.total
+        if not self._bar and not (self.show and due):
+            return
         rate = (done - self.start) / max(now - self._began, 1e-9)
+        left = duration((self.total - done) / rate) if rate else "?"
+        said = ", ".join(filter(None, (note, f"{rate:,.0f} cells/s", speed)))
         if self._bar:
-            self._bar.update(self._task, completed=done, note=f"{note}  {rate:,.0f} cells/s")
-        elif self.show and (now - self._said >= SECONDS_BETWEEN_LINES or done >= self.total):
+            self._bar.update(self._task, completed=done, note=said, left=f"{left} left")
+        else:
             self._said = now
-            left = (self.total - done) / max(rate, 1e-9)
-            parts = (f"{done:,} of {self.total:,} cells", note, f"{rate:,.0f} cells/s", f"{left:,.0f} s left")
-            self.say(", ".join(part for part in parts if part))
+            self.say(f"{done:,} of {self.total:,} cells, {said}, {left} left")
 
     def say(self, line: str) -> None:
         """Print one line, above the bar where there is one."""
         if self._bar:
-            self._bar.console.print(f"{self.title}: {line}")
+            self._bar.console.print(f"{self.title}: {line}", highlight=False, markup=False)
         elif self.show:
             print(f"{self.title}: {line}", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 42 s, 7 min 05 s, 3 h 20 min, 2 d 4 h."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds:02} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02} min"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 def _rich_bar():
     if importlib.util.find_spec("rich") is None:
         return None
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn()
-    return Progress(*columns, console=Console(stderr=True))
+    texts = [TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]", "fields[left]")]
+    return Progress(texts[0], BarColumn(bar_width=20), texts[1], texts[2], console=Console(stderr=True))

@@ -23,9 +23,9 @@ class Guard:
     Parameters
     ----------
     training
-        ``spike_factor``: how many times the median of the last `WINDOW` losses a loss may be (None: any). ``early_stop``:
-        validations without a better loss after which training ends (None: never). ``warmup_steps``: no spike is
-        looked for in them.
+        ``spike_factor``: how many times the median of the last `WINDOW` losses a loss may be (None: any).
+        ``warmup_steps``: no spike is looked for in them. ``early_stop``: validations without a better loss after
+        which training ends (None: never).
     """
 
     def __init__(self, training: Training):

@@ -21,6 +21,8 @@ from cellmill.models.packing import Layout
 
 FORMULA = "MFU = 3 x forward FLOPs of the body (2 N a token + attention) / seconds / peak FLOP/s"
 """What is printed beside an MFU."""
+PASSES = 3
+"""A forward pass, and a backward pass of twice as many operations."""
 PEAKS = {
     "GB200": 2500e12,
     "B200": 2250e12,
@@ -143,14 +145,17 @@ class Meter:
         self._last_end = None  # the stream stood still for another reason
 
     def count(self, model: CellModel, parts: list[Inputs], n_cells: int, step: int) -> None:
-        """Add a step's cells, and the tokens, slots and operations of its micro batches."""
+        """Add a step's cells, and the tokens, slots and operations of its micro batches.
+
+        Tokens are those of every layout but `layout_asked`, which asks some of the same tokens again.
+        """
         self._cells += n_cells
         for inputs in parts:
-            layouts = [value for value in inputs.values() if isinstance(value, Layout)]
+            layouts = [value for name, value in inputs.items() if isinstance(value, Layout) and name != "layout_asked"]
             self._tokens += sum(layout.n_tokens for layout in layouts)
             self._slots += sum(layout.n_slots for layout in layouts)
             try:
-                self._flops += model.body_flops(inputs, step=step)
+                self._flops += PASSES * model.body_flops(inputs, step=step)
             except NotImplementedError:  # an architecture of the user's own, which may leave it out
                 self._flops = math.nan
 

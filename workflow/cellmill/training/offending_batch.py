@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from cellmill.checkpoints import META, fill_model, load_checkpoint
@@ -151,14 +151,18 @@ def load_batch(path: Path) -> OffendingBatch:
         return OffendingBatch(**content, cells=cells, parts=parts)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CellmillError(
-            f"{path} cannot be read as an offending batch ({' '.join(str(error).split())}); name the offending_batch.json "
-            "that a stopped training wrote, with its .safetensors beside it"
+            f"{path} cannot be read as an offending batch ({' '.join(str(error).split())}); name the "
+            "offending_batch.json that a stopped training wrote, with its .safetensors beside it"
         ) from error
 
 
 def _json_number(value: float) -> float | str:
     """JSON knows no nan and no inf; `float` reads their names."""
     return value if math.isfinite(value) else str(value)
+
+
+def _room(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _arrays(cells: CellBatch) -> dict[str, np.ndarray]:
@@ -197,9 +201,7 @@ def load_model(path: Path, batch: OffendingBatch) -> CellModel:
     kind = load_architecture(batch.model["architecture"])
     sizes = kind.Sizes(**batch.model["sizes"])
     model = kind(sizes, batch.model["n_genes"], categories=batch.model["categories"])
-    with safe_open(weights, "pt") as file:
-        names = [name for name in file.keys() if name.startswith("model.")]  # noqa: SIM118, not a dict
-        fill_model(model, {name.removeprefix("model."): file.get_tensor(name) for name in names}, str(weights))
+    fill_model(model, _room(load_file(weights), "model."), str(weights))
     return model.eval()
 
 
