@@ -132,16 +132,16 @@ def test_the_arithmetic_is_the_published_one(released):
     torch.save(content, folder / WEIGHTS)
     tensors, model = content["model"], read_released("scmulan", folder).model
     with torch.inference_mode():
-        h_BLD = model.encode(inputs["tokens"], inputs["values"])
+        h_ND, layout = model.encode(inputs), inputs["layout"]
         states_BD = model.embed_cells(inputs, "released")
         said = []
         for row in range(len(cells)):
-            n = int(inputs["lengths"][row])
-            words = list(zip(inputs["tokens"][row, :n].tolist(), inputs["values"][row, :n].tolist(), strict=True))
+            span = slice(layout.starts[row], layout.ends[row])
+            words = list(zip(inputs["tokens"][span].tolist(), inputs["values"][span].tolist(), strict=True))
             h_LD, logits_LT, values_LT = published_forward(tensors, SIZES.n_heads, words)
-            torch.testing.assert_close(h_BLD[row, :n], h_LD, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(model.logits(h_BLD[row, :n]), logits_LT, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(model.bins(h_BLD[row, :n]), values_LT, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(h_ND[span], h_LD, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(model.logits(h_ND[span]), logits_LT, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(model.bins(h_ND[span]), values_LT, atol=1e-5, rtol=1e-5)
             state_D, tokens = published_reading(tensors, SIZES.n_heads, words)
             torch.testing.assert_close(states_BD[row], state_D, atol=1e-5, rtol=1e-5)
             said.append(tokens)

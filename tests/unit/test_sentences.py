@@ -9,6 +9,7 @@ from cellmill.abilities.sentences import annotate, generate
 from cellmill.errors import CellmillError
 from cellmill.models.base import total_loss
 from cellmill.models.geneformer import Geneformer
+from cellmill.models.packing import PACKED
 from cellmill.models.scmulan import Scmulan
 from model_cells import real_statistics, statistics_of_medians
 from shard_cells import real_cells
@@ -129,7 +130,9 @@ def test_greedy_generation_equals_full_forwards(model):
     gene_T = model.gene_T()
     with torch.inference_mode():
         while len(tokens) < 15:
-            h_D = model.encode(torch.tensor([tokens]), torch.tensor([values]))[0, -1]
+            layout = PACKED.layout([len(tokens)])
+            inputs = {"tokens": torch.tensor(tokens), "values": torch.tensor(values), "layout": layout}
+            h_D = model.encode(inputs)[-1]
             logits = model.entity_head(h_D)
             logits[[*tokens]] = -torch.inf
             token = int(logits[: 1 + model.n_gene_words].argmax())

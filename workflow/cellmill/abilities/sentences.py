@@ -2,7 +2,7 @@
 
 Both are greedy or drawn as in the paper's description: words that were said are banned, generation may be restricted to
 the likeliest words (`top_k`), and the probability of <E> is scaled (`end_scale`, the paper's gamma).
-Since words have no position, sentences of any length lie padded in one batch, and what was read is kept (a KV cache).
+Since words have no position, sentences of any length go on side by side, and what was read is kept (a KV cache).
 
 Legend: B cells of a batch, C cells in all, S steps, W words that may be said: <E> and the genes, N genes of all cells.
 """
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from cellmill.errors import CellmillError
 from cellmill.models.base import to_device
-from cellmill.models.scmulan import CELL_TYPE, END, Scmulan
+from cellmill.models.packing import uniform
+from cellmill.models.scmulan import CELL_TYPE, END, Scmulan, last_words
 from cellmill.progress import Progress
-from cellmill.randomness import uniform
+from cellmill.randomness import uniform as random_shares
 from cellmill.shards.batch import CellBatch
 from cellmill.views.ragged import offsets_of
 from cellmill.views.scmulan import N_BINS
@@ -186,14 +187,15 @@ def _say(
     """int64 [B, S], the tokens that were said (<E> and all behind it 0), and their bins."""
     n_words = 1 + model.n_gene_words  # <E> and the genes are the first tokens
     tokens_BS, bins_BS = np.zeros((2, len(cells_B), n_steps), np.int64)
-    lengths_B = torch.full((len(prompt_BL),), prompt_BL.shape[1], device=prompt_BL.device)
-    prompt = {"tokens": prompt_BL, "values": torch.zeros_like(prompt_BL), "lengths": lengths_B}
-    state_BD, cache = model.read(prompt, n_steps)
+    layout = uniform(*prompt_BL.shape).to(prompt_BL.device)
+    prompt_N = prompt_BL.flatten()
+    h_ND, cache = model.read({"tokens": prompt_N, "values": torch.zeros_like(prompt_N), "layout": layout}, n_steps)
+    state_BD = h_ND.index_select(0, last_words(layout))
     banned_BW = torch.zeros(len(cells_B), n_words, dtype=torch.bool, device=prompt_BL.device)
     banned_BW[:, 1:] = model.gene_T()[1:n_words] < 0
     rows_B = np.arange(len(cells_B))  # of the cells that are not at their end
     for step in range(n_steps):
-        shares_B = uniform("scmulan generate", seed, cells_B[rows_B], step)
+        shares_B = random_shares("scmulan generate", seed, cells_B[rows_B], step)
         logits_BW = model.logits(state_BD)[:, :n_words].masked_fill(banned_BW, -torch.inf)
         token_B = _draw(logits_BW, torch.from_numpy(shares_B).to(logits_BW), top_k, scale)
         values_BT = model.bins(state_BD)

@@ -17,8 +17,11 @@ Tokens: <E> 0, the genes from 1, the values of each obs column after each other,
 task tokens, of which the first asks for the other metadata. A cell type has one level here, as a Census has it; the
 published set holds coarse types among the fine ones, and a sentence may have both.
 
-Legend: B cells, L words, D width, V genes in the vocabulary, T tokens, M asked positions, Q genes that a cell is asked
-for, N gene words, K cell types.
+The questions and their sums stand in `cellmill.models.scmulan_objective`, what is remembered of a sentence that is to
+go on in `cellmill.models.scmulan_cache`.
+
+Legend: B cells, N words of all cells (packed), M of them asked, D width, V genes in the vocabulary, T tokens, Q genes
+that a cell is asked for, K cell types.
 """
 
 import math
@@ -32,11 +35,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cellmill.errors import CellmillError
-from cellmill.models.attention_padded import MultiHeadAttention, attend
-from cellmill.models.base import CellModel, GeneStates, GeneStatistics, Imputed, Inputs, Losses, LossTerm
+from cellmill.models.attention import MultiHeadAttention, attend
+from cellmill.models.base import (
+    CellModel,
+    GeneStates,
+    GeneStatistics,
+    Imputed,
+    Inputs,
+    Losses,
+    LossTerm,
+    in_compute_dtype,
+)
+from cellmill.models.packing import Layout, uniform
+from cellmill.models.scmulan_cache import Cache
+from cellmill.models.scmulan_objective import objective, over_answers, questions
 from cellmill.shards.batch import CellBatch
 from cellmill.views import scmulan as views
-from cellmill.views.ragged import offsets_of, pad
+from cellmill.views.ragged import keep_first, offsets_of, sum_within
 
 END = 0
 CELL_TYPE = "cell_type"
@@ -84,45 +99,6 @@ class Sizes:
             raise CellmillError(f"scmulan: width {self.width} is no multiple of n_heads {self.n_heads}; change one")
 
 
-class Cache:
-    """Keys and values of the words that were read, so that a further word costs one column.
-
-    Parameters
-    ----------
-    room
-        Columns at most. The first call of `Scmulan.encode` fills as many as its sentences are wide, each further one.
-    """
-
-    def __init__(self, room: int):
-        self.room = room
-        self.filled = 0
-        self.open_BS: Tensor | None = None
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def begin(self, valid_BL: Tensor) -> Tensor | None:
-        """Open new columns; the mask [B, 1, 1, S] for them, None in the first call, where the mask is causal."""
-        if self.open_BS is None:
-            self.open_BS = valid_BL.new_zeros(len(valid_BL), self.room)
-        start, self.filled = self.filled, self.filled + valid_BL.shape[1]
-        self.open_BS[:, start : self.filled] = valid_BL
-        return self.open_BS[:, None, None, : self.filled] if start else None
-
-    def extend(self, layer: int, k_BHLK: Tensor, v_BHLK: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values of all words so far, the given ones being the last."""
-        if layer not in self._layers:
-            batch, heads, _, width = k_BHLK.shape
-            self._layers[layer] = tuple(k_BHLK.new_zeros(batch, heads, self.room, width) for _ in range(2))
-        start = self.filled - k_BHLK.shape[2]
-        for stored, new in zip(self._layers[layer], (k_BHLK, v_BHLK), strict=True):
-            stored[:, :, start : self.filled] = new
-        return tuple(stored[:, :, : self.filled] for stored in self._layers[layer])
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with some of the sentences alone."""
-        self.open_BS = self.open_BS[rows]
-        self._layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self._layers.items()}
-
-
 class Layer(nn.Module):
     """One pre-norm decoder layer without biases, with tanh-GELU."""
 
@@ -135,15 +111,21 @@ class Layer(nn.Module):
         self.linear2 = nn.Linear(4 * sizes.width, sizes.width, bias=False)
         self.dropout = nn.Dropout(sizes.dropout)
 
-    def forward(self, x_BLD: Tensor, cached=None, mask: Tensor | None = None) -> Tensor:
-        """[B, L, D]; `cached` is `Cache.extend` of this layer, `mask` that of `Cache.begin`."""
-        q_BHLK, k_BHSK, v_BHSK = self.attention.project(self.norm1(x_BLD))
-        if cached:
-            k_BHSK, v_BHSK = cached(k_BHSK, v_BHSK)
-        dropout = self.attention.dropout if self.training else 0.0
-        context_BLD = attend(q_BHLK, k_BHSK, v_BHSK, mask, causal=mask is None, dropout=dropout)
-        x_BLD = x_BLD + self.dropout(self.attention.out(context_BLD))
-        return x_BLD + self.dropout(self.linear2(F.gelu(self.linear1(self.norm2(x_BLD)), approximate="tanh")))
+    def forward(
+        self, x_ND: Tensor, layout: Layout, asked_M: Tensor | None = None, layout_asked: Layout | None = None
+    ) -> Tensor:
+        """[N, D]; or [M, D] of the last words of each cell alone, whose slots and layout are given."""
+        normed_ND, attention = self.norm1(x_ND), self.attention
+        if asked_M is None:
+            return self.finish(x_ND, attention.context(normed_ND, layout, causal=True))
+        qkv = attention.project_across(normed_ND.index_select(0, asked_M), normed_ND)
+        context_MD = attend(*qkv, layout_asked, layout, causal=True, dropout=attention.dropout_now)
+        return self.finish(x_ND.index_select(0, asked_M), context_MD)
+
+    def finish(self, x_ND: Tensor, context_ND: Tensor) -> Tensor:
+        """[N, D], the layer's output where its input and what its attention read are given."""
+        x_ND = x_ND + self.dropout(self.attention.out(context_ND))
+        return x_ND + self.dropout(self.linear2(F.gelu(self.linear1(self.norm2(x_ND)), approximate="tanh")))
 
 
 class CellTypes(NamedTuple):
@@ -266,10 +248,16 @@ class Scmulan(CellModel):
         """Cell type words, and those of the other columns."""
         return self.words(cells, [CELL_TYPE]), self.words(cells, [c for c in self.obs_columns if c != CELL_TYPE])
 
-    def pretrain_inputs(self, cells: CellBatch, *, seed: int, step: int | None) -> Inputs:
-        """`tokens`, `values` [B, L]; [B]: `lengths`, `targets` (words at the end that are asked for), `task`, `ends`.
+    def token_lengths(self, cells: CellBatch) -> np.ndarray:
+        """int64 [B]: gene words, all that is known of a cell, and a task's token; <E> is asked for and never read."""
+        n_genes_B = sum_within(cells.offsets, self.tokens.gene_V[cells.genes] >= 0)
+        n_others_B = np.diff(self.words(cells, self.obs_columns).offsets)
+        return np.minimum(n_genes_B + n_others_B + 1, self.sizes.max_length - 1)
 
-        A sentence is `Sizes.max_length` words long at most; `ends` says whether <E> is asked for.
+    def pretrain_inputs(self, cells: CellBatch, *, seed: int, step: int | None) -> Inputs:
+        """`tokens`, `values` [N] in `layout`: sentences without <E>; what is asked, as in `questions`; `task` [B].
+
+        A sentence is `Sizes.max_length` words long at most, <E> among them.
         """
         cell_types, metadata = self._metadata(cells)
         sentences = views.pretrain(
@@ -282,50 +270,69 @@ class Scmulan(CellModel):
             limit=self.sizes.max_length,
             unprompted=self.sizes.unprompted,
         )
-        by_cell = {"targets": sentences.targets_B, "task": sentences.task_B, "ends": sentences.ends_B}
-        return _matrix(sentences) | {name: torch.from_numpy(array_B) for name, array_B in by_cell.items()}
+        return self.ask(sentences)
+
+    def ask(self, sentences: views.Sentences) -> Inputs:
+        """The inputs of training sentences; see `pretrain_inputs`."""
+        inputs = self._read(sentences, np.diff(sentences.offsets) - 1)
+        asked = questions(sentences, inputs["layout"], self.packing)
+        return inputs | asked | {"task": torch.from_numpy(sentences.task_B)}
 
     def embed_inputs(self, cells: CellBatch) -> Inputs:
-        """`tokens`, `values` [B, L]; `lengths` [B]: all genes that are words, then <PCT>.
+        """`tokens`, `values` [N] in `layout`: all genes that are words, then <PCT>.
 
         As in the released code, reading cuts nothing, whatever the length in training: words have no positions.
         """
-        return _matrix(views.embed(cells, self.tokens, limit=self.n_tokens))
+        sentences = views.embed(cells, self.tokens, limit=self.n_tokens)
+        return self._read(sentences, np.diff(sentences.offsets))
 
-    def encode(self, tokens_BL: Tensor, values_BL: Tensor, cache: Cache | None = None, valid_BL=None) -> Tensor:
-        """[B, L, D], the last states; a word sees those in front of it, so padding behind a sentence changes nothing.
+    def _read(self, sentences: views.Sentences, lengths_B: np.ndarray) -> Inputs:
+        """`tokens`, `values` [N] in `layout`: the first words of each sentence."""
+        index, offsets = keep_first(sentences.offsets, lengths_B)
+        layout = self.packing.layout(lengths_B)
+        return {
+            "tokens": torch.from_numpy(layout.place(offsets, sentences.tokens[index], END, dtype=np.int32)),
+            "values": torch.from_numpy(layout.place(offsets, sentences.values[index], 0, dtype=np.int32)),
+            "layout": layout,
+        }
 
-        Parameters
-        ----------
-        tokens_BL, values_BL
-            The words; with a filled cache one for each cell, which follows all that were read.
-        cache
-            Keeps what is read for further calls.
-        valid_BL
-            With a cache: bool, False for padding, which further words do not see.
+    def embed_words(self, tokens_N: Tensor, values_N: Tensor) -> Tensor:
+        """[N, D], the input of the first layer."""
+        return in_compute_dtype(self.dropout(self.word_embedding(tokens_N) + self.value_embedding(values_N)))
+
+    def encode(self, inputs: Inputs, asked_M: Tensor | None = None, layout_asked: Layout | None = None) -> Tensor:
+        """float32 [N, D], the last states; or [M, D], those of the last words of each cell alone; see `Layer.forward`.
+
+        A word sees those in front of it.
         """
-        x_BLD = self.dropout(self.word_embedding(tokens_BL) + self.value_embedding(values_BL))
-        mask = cache.begin(valid_BL) if cache else None
-        for i, layer in enumerate(self.layers):
-            x_BLD = layer(x_BLD, (lambda k, v, i=i: cache.extend(i, k, v)) if cache else None, mask)
-        return self.norm(x_BLD)
+        layout = inputs["layout"]
+        x_ND = self.embed_words(inputs["tokens"], inputs["values"])
+        for layer in self.layers[:-1]:
+            x_ND = layer(x_ND, layout)
+        return self.norm(self.layers[-1](x_ND, layout, asked_M, layout_asked).float())
 
-    def read_all(self, inputs: Inputs, further: int) -> tuple[Tensor, Cache]:
-        """Read sentences, to be continued by `further` words: the states of all words [B, L, D], and the cache."""
-        tokens_BL = inputs["tokens"]
-        cache = Cache(tokens_BL.shape[1] + further)
-        valid_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device) < inputs["lengths"][:, None]
-        return self.encode(tokens_BL, inputs["values"], cache, valid_BL), cache
+    def encode_last(self, inputs: Inputs) -> Tensor:
+        """float32 [B, D], the last state of each cell's last word, of which the last layer computes no other's."""
+        layout = inputs["layout"]
+        return self.encode(inputs, last_words(layout), uniform(len(layout), 1).to(layout.device))
 
     def read(self, inputs: Inputs, further: int) -> tuple[Tensor, Cache]:
-        """As `read_all`, of the states the last words' alone [B, D]."""
-        h_BLD, cache = self.read_all(inputs, further)
-        return _last(h_BLD, inputs["lengths"]), cache
+        """Read sentences, to be continued by `further` words: float32 [N, D], the last states, and what is kept."""
+        layout = inputs["layout"]
+        cache = Cache(layout, further)
+        x_ND = self.embed_words(inputs["tokens"], inputs["values"])
+        for layer in self.layers:
+            q_NHK, k_NHK, v_NHK = layer.attention.project(layer.norm1(x_ND))
+            cache.store(k_NHK, v_NHK)
+            x_ND = layer.finish(x_ND, attend(q_NHK, k_NHK, v_NHK, layout, causal=True))
+        return self.norm(x_ND.float()), cache
 
     def read_further(self, tokens_B: Tensor, values_B: Tensor, cache: Cache) -> Tensor:
-        """Read one more word of each sentence: its state [B, D]."""
-        valid_B1 = torch.ones_like(tokens_B, dtype=torch.bool).unsqueeze(1)
-        return self.encode(tokens_B.unsqueeze(1), values_B.unsqueeze(1), cache, valid_B1)[:, 0]
+        """Read one more word of each sentence: float32 [B, D], its last state."""
+        x_BD, open_BS = self.embed_words(tokens_B, values_B), cache.open()
+        for i, layer in enumerate(self.layers):
+            x_BD = layer.finish(x_BD, cache.attend(i, *layer.attention.project(layer.norm1(x_BD)), open_BS))
+        return self.norm(x_BD.float())
 
     def logits(self, h: Tensor) -> Tensor:
         """float32 [..., T], of each word to be the next one; never in bfloat16, whose steps near 50 are 1/4."""
@@ -339,21 +346,23 @@ class Scmulan(CellModel):
 
     def forward(self, inputs: Inputs, *, step: int | None = None) -> Losses:
         """`entity`: cross-entropy (nats) and `value`: squared error (bins), sums over sentences of their means."""
-        asked = _Asked(inputs)
-        h_BLD = self.encode(inputs["tokens"], inputs["values"])
-        places_M = asked.asks_BL.flatten().nonzero().squeeze(1)
-        h_MD = h_BLD.flatten(0, 1).index_select(0, places_M)
-        logits_MT = self.logits(h_MD)
-        with torch.autocast(h_BLD.device.type, enabled=False):
-            # the mean logit of the words that remain is the product with their mean row: no L x L logits
-            row_BLD = asked.mean_remaining(F.embedding(inputs["tokens"], self.entity_head.weight))
-            logit_M = (h_MD.float() * row_BLD.flatten(0, 1).index_select(0, places_M)).sum(1)
-            entity_M = torch.logsumexp(logits_MT, 1) - logit_M
-            values_BLL = h_BLD.float() @ F.embedding(inputs["tokens"], self.value_head.weight).mT
-        error_BLL = (values_BLL - inputs["values"].unsqueeze(1)).square()
-        entity = (entity_M * asked.share_BL.flatten()[places_M]).sum()
-        value = (error_BLL * asked.weights_BLL()).sum()
-        return {"entity": LossTerm(entity, asked.count), "value": LossTerm(value, asked.count)}
+        h_MD = self.encode(inputs, inputs["asked"], inputs["layout_asked"])
+        return objective(h_MD, self.entity_head.weight, self.value_head.weight, inputs)
+
+    def loss_counts(self, inputs: Inputs, *, step: int | None = None) -> dict[str, Tensor]:
+        """Of both terms the sentences that are asked for a word."""
+        return {"entity": inputs["n_asked"], "value": inputs["n_asked"]}
+
+    def body_flops(self, inputs: Inputs, *, step: int | None = None) -> float:
+        """See `CellModel.body_flops`: 12 D^2 weights a layer, of which a word that is not asked meets 2 D^2 in the last
+        one, for its key and value. A word makes a pair with itself and each word in front.
+        """
+        layout, asked, width = inputs["layout"], inputs["layout_asked"], self.sizes.width
+        n, m = layout.n_tokens, asked.n_tokens
+        weights = 12 * n * (self.sizes.n_layers - 1) + 2 * n + 10 * m
+        n_pairs = (layout.lengths * (layout.lengths + 1) // 2).sum() * (self.sizes.n_layers - 1)
+        n_pairs += (asked.lengths * (2 * layout.lengths - asked.lengths + 1) // 2).sum()
+        return 2.0 * weights * width**2 + 4.0 * width * float(n_pairs)
 
     def decode_types(self, inputs: Inputs) -> CellTypes:
         """Say the likeliest cell type after the <PCT> of `embed_inputs`, and a finer one unless <E> is likelier."""
@@ -361,10 +370,11 @@ class Scmulan(CellModel):
             raise CellmillError(
                 "this scmulan has no cell type words, as its corpus had none; train it on annotated cells"
             )
-        state_BD, cache = self.read(inputs, TYPE_LEVELS)
+        h_ND, cache = self.read(inputs, TYPE_LEVELS)
+        state_BD = h_ND.index_select(0, last_words(inputs["layout"]))
         said_BK = torch.zeros(len(state_BD), self.n_types, dtype=torch.bool, device=state_BD.device)
         open_B = torch.ones_like(said_BK[:, 0])
-        found = CellTypes(open_B.long(), open_B.float(), state_BD.float())
+        found = CellTypes(open_B.long(), open_B.float(), state_BD)
         for level in range(min(TYPE_LEVELS, self.n_types)):
             logits_BT = self.logits(state_BD)
             logits_BK = logits_BT[:, self.type_words].masked_fill(said_BK, -torch.inf)
@@ -376,7 +386,7 @@ class Scmulan(CellModel):
             found = CellTypes(
                 torch.where(open_B, code_B, found.codes_B),
                 torch.where(open_B, probability_B, found.probability_B),
-                torch.where(open_B.unsqueeze(1), state_BD.float(), found.states_BD),
+                torch.where(open_B.unsqueeze(1), state_BD, found.states_BD),
             )
             said_BK = said_BK.scatter(1, code_B.unsqueeze(1), True)
         return found
@@ -389,19 +399,20 @@ class Scmulan(CellModel):
         which the released code makes nothing). Any token may be said, each with the value that the value head gives it;
         banned are all words of the sentence so far but its last.
         """
-        tokens_BL, last_B = inputs["tokens"], inputs["lengths"] - 1
-        h_BLD, cache = self.read_all(inputs, 1)
-        gene_BD, pct_BD = (_last(h_BLD, lengths_B) for lengths_B in (last_B.clamp(min=1), last_B + 1))
-        banned_BT = torch.zeros(len(tokens_BL), self.n_tokens, dtype=torch.bool, device=tokens_BL.device)
-        row, place = (torch.arange(tokens_BL.shape[1], device=last_B.device) < last_B[:, None]).nonzero(as_tuple=True)
-        banned_BT[row, tokens_BL[row, place]] = True
+        layout, last_B = inputs["layout"], last_words(inputs["layout"])
+        h_ND, cache = self.read(inputs, 1)
+        gene_BD, pct_BD = (h_ND.index_select(0, n_B) for n_B in (torch.maximum(last_B - 1, layout.starts_B), last_B))
+        banned_BT = torch.zeros(len(layout) + 1, self.n_tokens, dtype=torch.bool, device=h_ND.device)
+        banned_BT[layout.rows_N, inputs["tokens"].long()] = True  # unused slots are in the row behind the cells'
+        banned_BT = banned_BT[:-1]
+        banned_BT[:, self.pct] = False
         first_B = self.logits(pct_BD).masked_fill(banned_BT, -torch.inf).argmax(1)
         value_B = self.bins(pct_BD).gather(1, first_B[:, None])[:, 0].clamp(0, views.N_BINS).round().long()
         first_BD = self.read_further(first_B, value_B, cache)
         banned_BT[:, self.pct] = True
         second_B = self.logits(first_BD).masked_fill(banned_BT, -torch.inf).argmax(1)
         state_BD = torch.where((second_B == END)[:, None], pct_BD, first_BD)
-        return torch.where((first_B == END)[:, None], gene_BD, state_BD).float()
+        return torch.where((first_B == END)[:, None], gene_BD, state_BD)
 
     def embed_cells(self, inputs: Inputs, pooling: str | None = None) -> Tensor:
         """[B, D] of last states: <PCT>'s (pct), the mean over genes (mean), or those of words that the model says.
@@ -414,11 +425,9 @@ class Scmulan(CellModel):
             return self.decode_types(inputs).states_BD
         if pooling == "released":
             return self.released_states(inputs)
-        h_BLD = self.encode(inputs["tokens"], inputs["values"]).float()
         if pooling == "pct":
-            return _last(h_BLD, inputs["lengths"])
-        is_gene_BL1 = (inputs["values"] > 0).unsqueeze(2)
-        return (h_BLD * is_gene_BL1).sum(1) / is_gene_BL1.sum(1).clamp(min=1)
+            return self.encode_last(inputs)
+        return inputs["layout"].mean(self.encode(inputs), inputs["values"] > 0)
 
     def embed_genes(self) -> Tensor:
         """[V, D], the genes' word embeddings; zeros for genes that are no words."""
@@ -427,17 +436,17 @@ class Scmulan(CellModel):
 
     def gene_states(self, inputs: Inputs) -> GeneStates:
         """The last states of gene words; each has seen the genes of higher token ids alone, as the mask is causal."""
-        h_BLD = self.encode(inputs["tokens"], inputs["values"]).float()
-        cells_N, places_N = (inputs["values"] > 0).nonzero(as_tuple=True)
-        return GeneStates(cells_N, self.gene_T()[inputs["tokens"][cells_N, places_N]], h_BLD[cells_N, places_N])
+        gene_M = (inputs["values"] > 0).nonzero().squeeze(1)
+        genes_M = self.gene_T()[inputs["tokens"][gene_M].long()]
+        return GeneStates(inputs["layout"].rows_N[gene_M], genes_M, self.encode(inputs).index_select(0, gene_M))
 
     def impute_inputs(self, cells: CellBatch, genes_BQ: np.ndarray) -> Inputs:
         """The visible genes as a sentence without metadata, to be continued; [B, Q] `asked`: the genes' tokens or -1.
 
         `largest` [B] is the log1p(CP10k) that the cell's bins end at. A cell without visible genes is read at <PCT>.
         """
-        inputs = self.embed_inputs(cells)
-        inputs["lengths"] = (inputs["lengths"] - 1).clamp(min=1)
+        sentences = views.embed(cells, self.tokens, limit=self.n_tokens)
+        inputs = self._read(sentences, np.maximum(np.diff(sentences.offsets) - 1, 1))
         inputs["asked"] = torch.from_numpy(self.tokens.gene_V[genes_BQ].astype(np.int64))
         inputs["largest"] = torch.from_numpy(views.largest_values(cells, self.tokens))
         return inputs
@@ -448,7 +457,7 @@ class Scmulan(CellModel):
         Of a gene that is no word the model has no opinion: it gets the means of the cell's values and log-probabilities
         over the model's genes (`n_known_genes` says how many those are).
         """
-        h_BD = _last(self.encode(inputs["tokens"], inputs["values"]), inputs["lengths"])
+        h_BD = self.encode_last(inputs)
         genes = slice(1, 1 + self.n_gene_words)
         detection_BG = self.logits(h_BD).log_softmax(1)[:, genes]
         bins_BG = self.bins(h_BD)[:, genes].clamp(0.5, views.N_BINS)
@@ -489,70 +498,19 @@ class Scmulan(CellModel):
 
     def trivial_losses(self, inputs: Inputs, trivial: Tensor) -> Losses:
         """Both terms when words are said by their frequency in the corpus, with their mean values."""
-        asked, tokens_BL = _Asked(inputs), inputs["tokens"]
-        trivial = trivial.to(tokens_BL.device)
-        log_BL = torch.where(asked.targets_BL, trivial[inputs["task"].unsqueeze(1), tokens_BL], 0)
-        error_BL = (trivial[3][tokens_BL] - inputs["values"]).square()
-        means = [-asked.mean_remaining(log_BL), asked.mean_remaining(error_BL)]
-        entity, value = ((mean_BL * asked.share_BL).sum() for mean_BL in means)
-        return {"entity": LossTerm(entity, asked.count), "value": LossTerm(value, asked.count)}
+        asked, token_M = inputs["layout_asked"], inputs["next_tokens"].long()
+        trivial = trivial.to(token_M.device)
+        last = max(len(asked) - 1, 0)  # the row of unused slots, whose weight is zero
+        task_M = inputs["task"][asked.rows_N.clamp(max=last)]
+        one_M1 = torch.ones(len(token_M), 1, device=token_M.device)
+        log_M1 = torch.where(asked.used_N, trivial[task_M, token_M], 0).unsqueeze(1)
+        log_sum, error = over_answers(one_M1, log_M1, trivial[3][token_M].unsqueeze(1), inputs)
+        return {"entity": LossTerm(-log_sum, inputs["n_asked"]), "value": LossTerm(error, inputs["n_asked"])}
 
 
-class _Asked:
-    """Which words of padded sentences are asked for, and from where.
-
-    A sentence of n words whose last t are targets (<E> among them) is asked at the t places in front of each target;
-    a target that starts its sentence is asked from nowhere, and <E> is not asked for in a sentence that does not end
-    (`ends`). At place i the words i + 1, ... remain, without <E>; where none does, <E>.
-    """
-
-    def __init__(self, inputs: Inputs):
-        length = inputs["tokens"].shape[1]
-        self.place_L = torch.arange(length, device=inputs["tokens"].device)
-        self.end_B1 = (inputs["lengths"] - 1).unsqueeze(1)
-        self.first_B1 = self.end_B1 - inputs["targets"].unsqueeze(1)
-        behind_B1 = self.end_B1 - 1 + inputs["ends"].unsqueeze(1).long()
-        self.asks_BL = (self.place_L >= self.first_B1) & (self.place_L < behind_B1)
-        self.targets_BL = (self.place_L > self.first_B1) & (self.place_L <= self.end_B1)
-        self.words_BL = self.targets_BL & (self.place_L < self.end_B1)
-        self.n_BL = (self.end_B1 - 1 - self.place_L).clamp(min=1)
-        n_asked_B1 = self.asks_BL.sum(1, keepdim=True)
-        self.share_BL = self.asks_BL / n_asked_B1.clamp(min=1)  # of a place in its sentence
-        self.count = (n_asked_B1 > 0).sum().float()
-
-    def mean_remaining(self, x: Tensor) -> Tensor:
-        """The mean of what [B, L] or [B, L, D] holds at the words that remain, for each place that asks."""
-
-        def like(of_BL: Tensor) -> Tensor:
-            return of_BL.view(*of_BL.shape, *[1] * (x.ndim - 2))
-
-        behind = torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1)
-        word_BL = torch.cat([self.words_BL[:, 1:], torch.zeros_like(self.words_BL[:, :1])], 1)
-        sums = (behind * like(word_BL)).flip(1).cumsum(1).flip(1)
-        return (sums + behind * like(self.place_L == self.end_B1 - 1)) / like(self.n_BL)
-
-    def weights_BLL(self) -> Tensor:
-        """float32 [B, L, L], the share of word j in the target of place i, times the place's share in its sentence."""
-        later_LL = self.place_L > self.place_L[:, None]
-        ends_BL = self.place_L == self.end_B1 - 1
-        remains_BLL = (later_LL & self.words_BL[:, None]) | (
-            ends_BL[:, :, None] & (self.place_L == self.end_B1)[:, None]
-        )
-        return remains_BLL * (self.share_BL / self.n_BL)[:, :, None]
-
-
-def _matrix(sentences: views.Sentences) -> Inputs:
-    """Right-padded `tokens` and `values` [B, L], `lengths` [B]."""
-    return {
-        "tokens": torch.from_numpy(pad(sentences.offsets, sentences.tokens, END, dtype=np.int64)),
-        "values": torch.from_numpy(pad(sentences.offsets, sentences.values, 0, dtype=np.int64)),
-        "lengths": torch.from_numpy(np.diff(sentences.offsets)),
-    }
-
-
-def _last(h_BLD: Tensor, lengths_B: Tensor) -> Tensor:
-    """[B, D], the states of the last words."""
-    return h_BLD[torch.arange(len(h_BLD), device=h_BLD.device), lengths_B - 1]
+def last_words(layout: Layout) -> Tensor:
+    """int64 [B], the slot of each cell's last word; every cell has one."""
+    return layout.starts_B + layout.lengths_B - 1
 
 
 def _counts(tokens_N: np.ndarray, n_tokens: int) -> np.ndarray:
