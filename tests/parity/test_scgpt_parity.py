@@ -17,7 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cellmill.models.base import total_loss
-from cellmill.models.scgpt import Scgpt
+from cellmill.models.packing import uniform
+from cellmill.models.scgpt import PAD_VALUE, Scgpt
 from cellmill.released import read_released, write_released
 from model_cells import make_batch
 from shard_cells import real_cells
@@ -49,7 +50,7 @@ def wheel():
 
 @pytest.fixture(scope="module")
 def cells(data):
-    """Real cells, and two short ones that are padded beside them."""
+    """Real cells, and two short ones that the wheel pads beside them."""
     real = real_cells(data, "celltypist_sample")[0].take([0, 5, 9])
     return type(real).concatenate([make_batch([{7: 2, 11: 1, 500: 1, 3000: 4}, {9: 1}]), real])
 
@@ -93,21 +94,31 @@ def both(wheel, tmp_path_factory):
     return ours, theirs
 
 
+def matrices(ours, inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and values as the wheel takes them: [B, L], padded."""
+    layout = inputs["layout"]
+    return layout.to_matrix(inputs["tokens"].long(), ours.pad), layout.to_matrix(inputs["values"].float(), PAD_VALUE)
+
+
 def test_all_outputs_of_the_wheel(both, cells):
     ours, theirs = both
     inputs = ours.embed_inputs(cells)
-    tokens, values = inputs["tokens"], inputs["values"]
-    padding = tokens == ours.pad
-    assert 100 < padding.sum() < padding.numel() / 2
+    tokens, values = matrices(ours, inputs)
+    used = tokens != ours.pad
+    assert 100 < (~used).sum() < used.numel() / 2
+    assert used.sum() == len(inputs["tokens"])
     with torch.inference_mode():
-        out = theirs(tokens, values, src_key_padding_mask=padding, MVC=True, CLS=True)
-        states = theirs._encode(tokens, values, padding)
-        h = ours.states(inputs)
-        torch.testing.assert_close(h[~padding], states[~padding], **CLOSE)
-        torch.testing.assert_close(ours._decode(h)[~padding], out["mlm_output"][~padding], **CLOSE)
-        torch.testing.assert_close(h[:, 0], out["cell_emb"], **CLOSE)
-        torch.testing.assert_close(ours._decode_from_cell(h[:, 0], ours._genes(tokens)), out["mvc_output"], **CLOSE)
-        torch.testing.assert_close(ours.cls_decoder(h[:, 0]), out["cls_output"], **CLOSE)
+        out = theirs(tokens, values, src_key_padding_mask=~used, MVC=True, CLS=True)
+        states = theirs._encode(tokens, values, ~used)
+        h, genes = ours.states(inputs), ours._genes(inputs["tokens"])
+        cls = h[inputs["layout"].starts]
+        torch.testing.assert_close(h, states[used], **CLOSE)
+        torch.testing.assert_close(ours._decode(h), out["mlm_output"][used], **CLOSE)
+        torch.testing.assert_close(cls, out["cell_emb"], **CLOSE)
+        torch.testing.assert_close(
+            ours._decode_from_cell(cls, genes, inputs["layout"]), out["mvc_output"][used], **CLOSE
+        )
+        torch.testing.assert_close(ours.cls_decoder(cls), out["cls_output"], **CLOSE)
         normed = out["cell_emb"] / out["cell_emb"].norm(dim=1, keepdim=True)
         torch.testing.assert_close(ours.embed_cells(inputs), normed, **CLOSE)
     assert out["mlm_output"].std() > 1e-3
@@ -117,22 +128,24 @@ def test_all_outputs_of_the_wheel(both, cells):
 def test_the_wheels_generate_is_no_generative_attention(both, cells):
     """Its cell state goes in place of <cls>, as ours; but its genes, without values, all see each other."""
     ours, theirs = both
-    tokens = ours.embed_inputs(cells.take([2]))["tokens"][:, :40]
+    tokens = ours.embed_inputs(cells.take([2]))["tokens"][:40].long()
     torch.manual_seed(1)
     state = torch.randn(1, SMALL["width"])
     with torch.inference_mode():
-        out = theirs.generate(state, tokens)
-        x = torch.cat([state[:, None], ours._genes(tokens)[:, 1:]], dim=1)
-        h, _ = ours.encode(x, None, tokens != ours.pad)
+        (out,) = theirs.generate(state, tokens[None])
+        h, _ = ours.encode(torch.cat([state, ours._genes(tokens)[1:]]), uniform(1, 40))
         torch.testing.assert_close(ours._decode(h), out, **CLOSE)
-        asked = {"tokens": tokens[:, :1], "values": torch.full((1, 1), -2.0), "asked": tokens[:, 1:]}
-        alone = ours.predict(asked, state).gep_BG
-    assert (alone - out[:, 1:]).abs().max() > 1e-3
+        asked = {"tokens": tokens[:1], "values": torch.tensor([PAD_VALUE]), "layout": uniform(1, 1)}
+        alone = ours.predict(asked | {"asked": tokens[1:], "layout_asked": uniform(1, 39)}, state).gep_G
+    assert (alone - out[1:]).abs().max() > 1e-3
 
 
 def generative_loss(theirs, inputs, pad: int) -> torch.Tensor:
     """The paper's objective by the wheel's layers: perceived tokens and hidden genes in one sequence, under a mask."""
-    perceived, asked = inputs["tokens"], inputs["asked"]
+    layout = inputs["layout_asked"]
+    asked, targets = layout.to_matrix(inputs["asked"].long(), pad), layout.to_matrix(inputs["targets"])
+    perceived = inputs["layout"].to_matrix(inputs["tokens"].long(), pad)
+    values = inputs["layout"].to_matrix(inputs["values"].float(), PAD_VALUE)
     tokens = torch.cat([perceived, asked], dim=1)
     n, length = perceived.shape[1], tokens.shape[1]
     open_keys = torch.zeros(len(tokens), length, dtype=torch.bool)
@@ -140,7 +153,7 @@ def generative_loss(theirs, inputs, pad: int) -> torch.Tensor:
     closed = ~(open_keys[:, None, :] | torch.eye(length, dtype=torch.bool))
     closed = closed.repeat_interleave(SMALL["n_heads"], dim=0)
     genes = theirs.encoder(tokens)
-    x = genes + F.pad(theirs.value_encoder(inputs["values"]), (0, 0, 0, asked.shape[1]))
+    x = genes + F.pad(theirs.value_encoder(values), (0, 0, 0, asked.shape[1]))
     hidden = asked != pad
     loss, cell = 0, None
     for _ in range(2):
@@ -151,7 +164,7 @@ def generative_loss(theirs, inputs, pad: int) -> torch.Tensor:
         if cell is None:
             cell = states[:, 0]
             predicted.append(theirs.mvc_decoder(cell, genes)["pred"][:, n:])
-        loss = loss + sum(F.mse_loss(p[hidden], inputs["targets"][hidden]) for p in predicted)
+        loss = loss + sum(F.mse_loss(p[hidden], targets[hidden]) for p in predicted)
     return loss
 
 
@@ -199,6 +212,7 @@ def test_a_file_of_the_wheel_is_read(wheel, cells, tmp_path):
     inputs = ours.embed_inputs(cells)
     to_theirs = torch.cat([torch.arange(N_GENES) + 3, torch.arange(3)])
     with torch.inference_mode():
-        tokens = to_theirs[inputs["tokens"]]
-        out = theirs(tokens, inputs["values"], src_key_padding_mask=tokens == 0)
+        tokens, values = matrices(ours, inputs)
+        tokens = to_theirs[tokens]
+        out = theirs(tokens, values, src_key_padding_mask=tokens == 0)
         torch.testing.assert_close(ours.embed_cells(inputs), F.normalize(out["cell_emb"], dim=1), **CLOSE)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from cellmill.abilities.generation import cell_states, generate, values_by_reference, values_by_total
 from cellmill.errors import CellmillError
-from cellmill.models import scgpt
 from cellmill.models.base import total_loss
 from cellmill.models.geneformer import Geneformer
-from cellmill.models.scgpt import Scgpt
+from cellmill.models.packing import Packing, uniform
+from cellmill.models.scgpt import PAD_VALUE, Scgpt
 from cellmill.shards.batch import CellBatch
 from cellmill.views.ragged import log1p_cp10k, select
 from model_cells import make_batch
@@ -126,8 +126,22 @@ def test_a_cell_state_is_what_training_prompts_with(model, pancreas):
     prompted = model.pretrain_inputs(cells, seed=0, step=None)
     with torch.no_grad():
         first = model.predict(prompted).cls_BD
-        gep_prompt = (model.predict(prompted, first).gep_BG - prompted["targets"])[prompted["asked"] != model.pad]
+        gep_prompt = model.predict(prompted, first).gep_G - prompted["targets"]
         torch.testing.assert_close(gep_prompt.square().sum(), model(prompted)["gep_prompt"].sum, rtol=1e-4, atol=0)
+
+
+def seen(model, genes_BS: np.ndarray, bins_BS: np.ndarray, asked: np.ndarray, states: np.ndarray):
+    """What is predicted of genes after some others, as many of each cell, with a cell prompt."""
+    cls, pad = np.full((len(asked), 1), model.cls), np.full((len(asked), 1), PAD_VALUE)
+    inputs = {
+        "tokens": torch.from_numpy(np.concatenate([cls, genes_BS], 1).astype(np.int32).ravel()),
+        "values": torch.from_numpy(np.concatenate([pad, bins_BS], 1).astype(np.int32).ravel()),
+        "layout": uniform(len(asked), 1 + genes_BS.shape[1]),
+        "asked": torch.from_numpy(asked.ravel()),
+        "layout_asked": uniform(*asked.shape),
+    }
+    with torch.no_grad():
+        return model.predict(inputs, torch.from_numpy(states))
 
 
 def test_steps(untrained, pancreas):
@@ -140,10 +154,8 @@ def test_steps(untrained, pancreas):
     assert [np.bincount(row).tolist() for row in thrice.step_BQ] == [[0, 16, 17, 17]] * N_TEST
     first = thrice.step_BQ == 1
     np.testing.assert_allclose(thrice.bins_BQ[first], once.bins_BQ[first], rtol=1e-5)
-    nothing = {"tokens": torch.full((N_TEST, 1), model.cls), "values": torch.full((N_TEST, 1), scgpt.PAD_VALUE)}
-    with torch.no_grad():
-        predicted = model.predict(nothing | {"asked": torch.from_numpy(asked)}, torch.from_numpy(states))
-    apart = (predicted.gep_BG - predicted.mvc_BG).abs().numpy()
+    predicted = seen(model, np.zeros((N_TEST, 0)), np.zeros((N_TEST, 0)), asked, states)
+    apart = (predicted.gep_G - predicted.mvc_G).abs().view(asked.shape).numpy()
     for row in range(N_TEST):
         assert apart[row][first[row]].max() <= apart[row][~first[row]].min()
     steps = generate(model, asked, states_BD=states, steps=50).step_BQ
@@ -161,18 +173,16 @@ def test_generated_bins_are_perceived_as_whole_numbers(model, pancreas):
     later = np.argsort(out.step_BQ, axis=1, kind="stable")[:, 30:]
     bins = np.take_along_axis(out.bins_BQ, first, 1)
     assert np.mean(bins != np.round(bins)) > 0.5
-    cls = torch.full((N_TEST, 1), model.cls)
-    tokens = torch.cat([cls, torch.from_numpy(np.take_along_axis(asked, first, 1))], dim=1)
+    genes, rest = np.take_along_axis(asked, first, 1), np.take_along_axis(asked, later, 1)
 
-    def seen(perceived: np.ndarray) -> np.ndarray:
-        values = torch.cat([torch.full((N_TEST, 1), scgpt.PAD_VALUE), torch.from_numpy(perceived)], dim=1)
-        inputs = {"tokens": tokens, "values": values, "asked": torch.from_numpy(np.take_along_axis(asked, later, 1))}
-        with torch.no_grad():
-            return model.predict(inputs, torch.from_numpy(states)).gep_BG.clamp(1, model.sizes.n_bins - 1).numpy()
+    def predicted(perceived: np.ndarray) -> np.ndarray:
+        return (
+            seen(model, genes, perceived, rest, states).gep_G.clamp(1, model.sizes.n_bins - 1).view(rest.shape).numpy()
+        )
 
     second = np.take_along_axis(out.bins_BQ, later, 1)
-    np.testing.assert_allclose(second, seen(np.round(bins)), atol=1e-3)
-    assert np.abs(second - seen(bins)).max() > 0.01
+    np.testing.assert_allclose(second, predicted(np.round(bins)), atol=1e-3)
+    assert np.abs(second - predicted(np.floor(bins))).max() > 0.01
 
 
 def test_the_model_stays_in_its_mode(untrained):
@@ -186,7 +196,7 @@ def test_the_model_stays_in_its_mode(untrained):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_batches_chunks_and_company_change_nothing(model, pancreas, steps, monkeypatch):
+def test_batches_company_and_layout_change_nothing(model, pancreas, steps, monkeypatch):
     cells = held_out(pancreas, "acinar")
     known = select(cells, np.arange(len(cells.genes)) % 3 == 0)
     asked = np.stack([np.setdiff1d(np.arange(N_GENES), known.take([row]).genes)[:90] for row in range(N_TEST)])
@@ -194,7 +204,10 @@ def test_batches_chunks_and_company_change_nothing(model, pancreas, steps, monke
     whole = generate(model, asked, known=known, states_BD=states, steps=steps)
     again = generate(model, asked, known=known, states_BD=states, steps=steps, batch_size=3)
     np.testing.assert_allclose(again.bins_BQ, whole.bins_BQ, atol=1e-4)
-    monkeypatch.setattr(scgpt, "CHUNK", 11)
+    for packing in (Packing("packed", grain=256), Packing("padded")):
+        monkeypatch.setattr(model, "packing", packing)
+        otherwise = generate(model, asked, known=known, states_BD=states, steps=steps)
+        np.testing.assert_allclose(otherwise.bins_BQ, whole.bins_BQ, atol=1e-4)
     alone = generate(model, asked[4:5, ::-1], known=known.take([4]), states_BD=states[4:5], steps=steps)
     np.testing.assert_allclose(alone.bins_BQ[0, ::-1], whole.bins_BQ[4], atol=1e-4)
     assert np.array_equal(again.step_BQ, whole.step_BQ)
@@ -252,3 +265,4 @@ def test_what_cannot_be_generated_is_refused(untrained):
     with pytest.raises(CellmillError, match="2 reference cells for 3"):
         values_by_reference(model, np.ones((3, 2), np.float32), cells)
     assert generate(model, asked, known=cells).bins_BQ.shape == (2, 2)
+    assert generate(model, asked[:, :0], known=cells).bins_BQ.shape == (2, 0)

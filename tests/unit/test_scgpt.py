@@ -1,4 +1,7 @@
-"""scGPT: view and objective by hand, the attention rule, what is read out, cells that do not depend on their batch."""
+"""scGPT: view and objective by hand, the attention rule, what is read out, cells that do not depend on their batch.
+
+All but `test_layouts_and_ways_to_attend_agree` lay out cells packed, as training does.
+"""
 
 from dataclasses import replace
 
@@ -6,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from cellmill.models import scgpt
+from cellmill.models.attention import attend, attention_backend
 from cellmill.models.base import parameter_counts, total_loss
+from cellmill.models.packing import Packing
 from cellmill.models.scgpt import PAD_VALUE, Scgpt, value_of_bins
 from cellmill.randomness import uniform
 from cellmill.views.ragged import log1p_cp10k
@@ -69,16 +74,21 @@ def test_bins_of_real_cells_are_quantiles(model, blood):
     assert bins.mean() == pytest.approx(25, abs=0.5)
 
 
+def cell_of(inputs, name: str, row: int) -> torch.Tensor:
+    """What stands in `inputs[name]` of one cell."""
+    layout = inputs["layout" if name in ("tokens", "values") else "layout_asked"]
+    return inputs[name][layout.starts[row] : layout.ends[row]]
+
+
 def test_inputs_of_small_cells(model):
     cells = make_batch([{5: 3}, {}, {1: 1, 9: 2}], totals=[3, 0, 50])
     inputs = model.embed_inputs(cells)
     tokens, values = inputs["tokens"], inputs["values"]
-    assert tokens.shape == values.shape == (3, 3)
-    assert tokens[0].tolist() == [model.cls, 5, model.pad]
-    assert tokens[1].tolist() == [model.cls, model.pad, model.pad]
-    assert sorted(tokens[2].tolist()) == [1, 9, model.cls]
-    assert (values[:, 0] == PAD_VALUE).all()
-    assert (values[tokens == model.pad] == PAD_VALUE).all()
+    assert tokens.shape == values.shape == (6,)
+    assert cell_of(inputs, "tokens", 0).tolist() == [model.cls, 5]
+    assert cell_of(inputs, "tokens", 1).tolist() == [model.cls]
+    assert sorted(cell_of(inputs, "tokens", 2).tolist()) == [1, 9, model.cls]
+    assert torch.equal(values == PAD_VALUE, tokens == model.cls)
     assert (values[tokens < N_GENES] >= 1).all()
     embedded = model.embed_cells(inputs)
     assert embedded.isfinite().all()
@@ -89,18 +99,27 @@ def test_inputs_of_small_cells(model):
     loss.backward()
 
 
+def test_token_lengths(model, blood):
+    cells = type(blood).concatenate([make_batch([{}, {5: 3}]), blood])
+    lengths = model.token_lengths(cells)
+    assert lengths[:2].tolist() == [1, 2]
+    assert lengths.max() == TINY.max_length
+    inputs = model.pretrain_inputs(cells, seed=0, step=3)
+    assert np.array_equal(inputs["layout"].lengths + inputs["layout_asked"].lengths, lengths)
+
+
 def test_long_cells_keep_a_random_subset(model, blood):
     cell = blood.take([int(np.argmax(blood.lengths))])
     assert len(cell.genes) > 300
     tokens = model.embed_inputs(cell)["tokens"]
-    assert tokens.shape == (1, 301)
-    kept = tokens[0, 1:].numpy()
+    assert tokens.shape == (301,)
+    kept = tokens[1:].numpy()
     assert len(set(kept)) == 300
     assert set(kept) <= set(cell.genes)
     assert kept.mean() == pytest.approx(cell.genes.mean(), rel=0.15)
     assert torch.equal(model.embed_inputs(cell)["tokens"], tokens)
     other = model.pretrain_inputs(cell, seed=0, step=1)["tokens"]
-    assert len(set(other[0, 1:].numpy()) & set(kept)) < 250
+    assert len(set(other[1:].numpy()) & set(kept)) < 250
 
 
 def test_bins_come_before_subsampling(model, blood):
@@ -108,12 +127,7 @@ def test_bins_come_before_subsampling(model, blood):
     cell = blood.take([int(np.argmax(blood.lengths))])
     inputs = model.embed_inputs(cell)
     bin_of = dict(zip(cell.genes, model.bin_counts(cell, "embed", 0), strict=True))
-    assert inputs["values"][0, 1:].tolist() == [bin_of[gene] for gene in inputs["tokens"][0, 1:].tolist()]
-
-
-def n_hidden(model, inputs) -> torch.Tensor:
-    """Hidden genes of each cell."""
-    return (inputs["asked"] != model.pad).sum(1)
+    assert inputs["values"][1:].tolist() == [bin_of[gene] for gene in inputs["tokens"][1:].tolist()]
 
 
 def test_hidden_shares(model, blood):
@@ -121,11 +135,11 @@ def test_hidden_shares(model, blood):
     shares, cells = [], blood.take([0, 1, 2])
     for step in range(60):
         inputs = model.pretrain_inputs(cells, seed=0, step=step)
-        hidden = n_hidden(model, inputs)
-        n_genes = hidden + (inputs["tokens"] < N_GENES).sum(1)
-        shares.append(next(r for r in (0.25, 0.5, 0.75) if torch.equal(hidden, (n_genes * r).floor().long())))
+        hidden = inputs["layout_asked"].lengths
+        n_genes = hidden + inputs["layout"].lengths - 1
+        shares.append(next(r for r in (0.25, 0.5, 0.75) if np.array_equal(hidden, np.floor(n_genes * r))))
     assert {shares.count(r) >= 10 for r in (0.25, 0.5, 0.75)} == {True}
-    assert n_hidden(model, model.pretrain_inputs(blood.take([0]), seed=0, step=None)).tolist() == [150]
+    assert model.pretrain_inputs(blood.take([0]), seed=0, step=None)["asked"].shape == (150,)
 
 
 def test_hidden_share_over_ten_thousand_cells(data, blood):
@@ -134,8 +148,8 @@ def test_hidden_share_over_ten_thousand_cells(data, blood):
     steps = 10_000 // len(blood) + 1
     for step in range(steps):
         inputs = model.pretrain_inputs(blood, seed=0, step=step)
-        hidden += float(n_hidden(model, inputs).sum())
-        total += float((inputs["tokens"] < N_GENES).sum()) + float(n_hidden(model, inputs).sum())
+        hidden += len(inputs["asked"])
+        total += len(inputs["tokens"]) - len(blood) + len(inputs["asked"])
     shares = [scgpt.views.HIDDEN_SHARES[int(uniform("scgpt share", 0, step)[0] * 3)] for step in range(steps)]
     assert steps * len(blood) >= 10_000
     assert hidden / total == pytest.approx(np.mean(shares), abs=1e-3)
@@ -147,21 +161,21 @@ def test_perceived_and_hidden_genes_are_the_cell(model, blood):
     cell = blood.take([int(np.argmin(blood.lengths))])
     whole = Scgpt(replace(TINY, max_length=4000), N_GENES)
     inputs = whole.pretrain_inputs(cell, seed=0, step=5)
-    shown = inputs["tokens"][0, 1:].tolist()
-    assert sorted(shown + inputs["asked"][0].tolist()) == cell.genes.tolist()
+    shown = inputs["tokens"][1:].tolist()
+    assert sorted(shown + inputs["asked"].tolist()) == cell.genes.tolist()
     bin_of = dict(zip(cell.genes.tolist(), whole.bin_counts(cell, 0, 5).tolist(), strict=True))
-    assert inputs["values"][0, 1:].tolist() == [bin_of[gene] for gene in shown]
-    assert inputs["targets"][0].tolist() == [bin_of[gene] for gene in inputs["asked"][0].tolist()]
+    assert inputs["values"][1:].tolist() == [bin_of[gene] for gene in shown]
+    assert inputs["targets"].tolist() == [bin_of[gene] for gene in inputs["asked"].tolist()]
     few = make_batch([{3: 1, 4: 2, 5: 3, 6: 4}, {7: 1}])
     inputs = model.pretrain_inputs(few, seed=0, step=None)
-    assert inputs["asked"].shape == inputs["targets"].shape == (2, 2)
-    assert inputs["asked"][1].tolist() == [model.pad, model.pad]
+    assert inputs["asked"].shape == inputs["targets"].shape == (2,)
+    assert inputs["layout_asked"].lengths.tolist() == [2, 0]
     assert model(inputs)["gep"].count == 2
 
 
 def states(model, inputs, x, g) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
-        return model.encode(x, g, inputs["tokens"] != model.pad)
+        return model.encode(x, inputs["layout"], g, inputs["layout_asked"])
 
 
 def test_attention_rule(model, blood):
@@ -170,46 +184,156 @@ def test_attention_rule(model, blood):
     torch.manual_seed(1)
     x, g = torch.randn(*inputs["tokens"].shape, 16), torch.randn(*inputs["asked"].shape, 16)
     h_x, h_g = states(model, inputs, x, g)
-    moved_g = g.index_put((torch.tensor(0), torch.tensor(3)), torch.ones(16))
+    moved_g = g.index_fill(0, torch.tensor(3), 1.0)
     again_x, again_g = states(model, inputs, x, moved_g)
     assert torch.equal(again_x, h_x)
-    changed = (again_g - h_g).abs().sum(2)
-    assert changed[0, 3] > 1e-3
-    changed[0, 3] = 0
+    changed = (again_g - h_g).abs().sum(1)
+    assert changed[3] > 1e-3
+    changed[3] = 0
     assert changed.max() < 1e-6
-    moved_x = x.index_put((torch.tensor(0), torch.tensor(5)), torch.ones(16))
-    for again, h in zip(states(model, inputs, moved_x, g), (h_x, h_g), strict=True):
-        changed = (again - h).abs().sum(2)
-        assert (changed[0] > 1e-7).all()
-        assert changed[1].max() == 0
+    moved_x = x.index_fill(0, torch.tensor(5), 1.0)
+    moved = states(model, inputs, moved_x, g)
+    for layout, again, h in zip((inputs["layout"], inputs["layout_asked"]), moved, (h_x, h_g), strict=True):
+        changed = (again - h).abs().sum(1)
+        assert (changed[layout.starts[0] : layout.ends[0]] > 1e-7).all()
+        assert changed[layout.starts[1] : layout.ends[1]].max() == 0
 
 
 def test_the_rule_written_as_one_mask(model, blood):
-    """Both kinds of tokens in one sequence under the paper's mask, by torch's own attention."""
+    """Both kinds of tokens of a cell in one sequence under the paper's mask, by plain attention."""
     inputs = model.pretrain_inputs(blood.take([0, 1]), seed=0, step=None)
-    n = inputs["tokens"].shape[1]
     torch.manual_seed(1)
-    x, g = torch.randn(2, n, 16), torch.randn(*inputs["asked"].shape, 16)
-    together = torch.cat([x, g], dim=1)
-    length = together.shape[1]
-    mask = torch.zeros(2, length, length, dtype=torch.bool)
-    mask[:, :, :n] = (inputs["tokens"] != model.pad)[:, None, :]
-    mask |= torch.eye(length, dtype=torch.bool)
-    with torch.no_grad():
-        for layer in model.layers:
-            together = layer._after(together, layer.attention(together, mask[:, None]))
+    x, g = torch.randn(*inputs["tokens"].shape, 16), torch.randn(*inputs["asked"].shape, 16)
     h_x, h_g = states(model, inputs, x, g)
-    torch.testing.assert_close(torch.cat([h_x, h_g], dim=1), together, atol=1e-5, rtol=1e-5)
+    for row in range(2):
+        (p0, p1), (g0, g1) = ((inputs[name].starts[row], inputs[name].ends[row]) for name in ("layout", "layout_asked"))
+        together = torch.cat([x[p0:p1], g[g0:g1]])
+        mask = torch.eye(len(together), dtype=torch.bool)
+        mask[:, : p1 - p0] = True
+        with torch.no_grad():
+            for layer in model.layers:
+                q, k, v = (part.transpose(0, 1) for part in layer.attention.project(together))
+                context = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+                together = layer._after(together, layer.attention.out(context.transpose(0, 1).flatten(1)))
+        torch.testing.assert_close(torch.cat([h_x[p0:p1], h_g[g0:g1]]), together, atol=1e-5, rtol=1e-5)
 
 
-def test_chunks_of_hidden_genes_change_nothing(model, blood, monkeypatch):
-    inputs = model.pretrain_inputs(blood.take([0, 1]), seed=0, step=None)
+LAYOUTS = [Packing("packed", grain=256), Packing("padded")]
+WAYS = ["reference", "padded"]
+
+
+@pytest.mark.parametrize(
+    ("packing", "way"),
+    [*((packing, None) for packing in LAYOUTS), *((LAYOUTS[0], way) for way in WAYS)],
+    ids=lambda value: getattr(value, "kind", value),
+)
+def test_layouts_and_ways_to_attend_agree(blood, packing, way):
+    """Losses, gradients and embeddings are those of packed cells, each attended to alone."""
+    torch.manual_seed(0)
+    cells = type(blood).concatenate([make_batch([{7: 2, 11: 1, 500: 1, 3000: 4}, {9: 1}]), blood.take([0, 1, 2])])
+    model = Scgpt(replace(TINY, dropout=0.0, max_length=101), N_GENES)
+
+    def found() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        losses = model(model.pretrain_inputs(cells, seed=0, step=None))
+        total_loss(losses).backward()
+        results = {name: term.sum.detach() / term.count for name, term in losses.items()}
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                results[name] = parameter.grad.clone()
+        with torch.no_grad():
+            for pooling in model.poolings:
+                results[pooling] = model.embed_cells(model.embed_inputs(cells), pooling)
+            results["genes"] = model.gene_states(model.embed_inputs(cells)).states_ND
+        return results
+
+    expected = found()
+    model.packing = packing
+    assert len(model.embed_inputs(cells)["tokens"]) > len(model.embed_inputs(cells)["tokens"].unique())
+    if way is None:
+        others = found()
+    else:
+        with attention_backend(way):
+            others = found()
+    assert others.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = value.abs().max().clamp(min=1)  # of a gradient: that of its largest entry
+        torch.testing.assert_close(others[name] / scale, value / scale, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_only_cls_is_the_state_of_cls(model, blood):
+    inputs = model.embed_inputs(blood.take([0, 1, 2]))
     with torch.no_grad():
-        whole = {name: term.sum for name, term in model(inputs).items()}
-        monkeypatch.setattr(scgpt, "CHUNK", 7)
-        assert inputs["asked"].shape[1] % 7
-        for name, term in model(inputs).items():
-            torch.testing.assert_close(term.sum, whole[name], rtol=1e-5, atol=0)
+        every, cls = model.states(inputs), model.states(inputs, only_cls=True)
+    torch.testing.assert_close(cls, every[inputs["layout"].starts], atol=1e-5, rtol=1e-5)
+
+
+def test_each_value_is_encoded_as_by_itself(model):
+    """The table of values is the network written out."""
+    encoder = model.value_encoder
+    values = torch.tensor([PAD_VALUE, 1, 50, 7, 7], dtype=torch.int32)
+    with torch.no_grad():
+        hidden = torch.relu(encoder.linear1(values[:, None].float()))
+        torch.testing.assert_close(encoder(values), encoder.norm(encoder.linear2(hidden)))
+    huge = Scgpt(replace(TINY, n_bins=700), 8).eval().value_encoder(torch.tensor([511, 512, 513, 699]))
+    assert torch.equal(huge[1], huge[2])
+    assert torch.equal(huge[1], huge[3])
+    assert not torch.equal(huge[0], huge[1])
+
+
+def test_loss_counts(model, blood):
+    inputs = model.pretrain_inputs(blood.take([0, 1, 2]), seed=0, step=9)
+    for step in (9, 10, None):
+        counts = model.loss_counts(inputs, step=step)
+        assert counts == {name: term.count for name, term in model(inputs, step=step).items()}
+    assert counts["gep"] == len(inputs["asked"])
+
+
+@pytest.mark.parametrize("quirk", [False, True])
+def test_flops_are_those_of_the_products(blood, quirk, monkeypatch):
+    """Counted by torch while the objective is computed, but for attention, which is asked for its queries and keys."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = Scgpt(replace(TINY, hidden=24, released_gen_stream=quirk), N_GENES).eval()
+    inputs = model.pretrain_inputs(blood.take([0, 1]), seed=0, step=None)
+    pairs = []
+
+    def counted(q, k, v, queries, keys, *, own=None, dropout=0.0):
+        pairs.append(int((queries.lengths * (keys.lengths + (own is not None))).sum()))
+        return torch.zeros_like(q).flatten(1)
+
+    assert attend is scgpt.attend
+    monkeypatch.setattr(scgpt, "attend", counted)
+    for step, passes in ((9, 1), (None, 2)):
+        pairs.clear()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(inputs, step=step)
+        products = counter.get_total_flops() + 4 * 16 * sum(pairs)
+        products -= 2 * (TINY.n_bins - PAD_VALUE) * (16 + 16 * 16)  # the table of values is an embedding
+        products += 2 * 16 * len(inputs["asked"])  # an inner product by hand
+        assert model.body_flops(inputs, step=step) == products
+        assert len(pairs) == 2 * TINY.n_layers * passes
+
+
+def test_in_bfloat16_states_are_half_as_wide_and_losses_are_not(model, blood):
+    inputs = model.pretrain_inputs(blood.take([0, 1]), seed=0, step=None)
+    widths = []
+    hooks = [
+        layer.register_forward_hook(lambda _, __, out: widths.extend(h.dtype for h in out)) for layer in model.layers
+    ]
+    with torch.no_grad():
+        expected = model(inputs)
+        assert set(widths) == {torch.float32}
+        widths.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            losses, predicted = model(inputs), model.predict(inputs)
+    for hook in hooks:
+        hook.remove()
+    assert set(widths) == {torch.bfloat16}
+    assert predicted.gep_G.dtype == predicted.mvc_G.dtype == torch.float32
+    for name, term in losses.items():
+        assert term.sum.dtype == torch.float32
+        torch.testing.assert_close(term.sum, expected[name].sum, rtol=1e-3, atol=0)
 
 
 def test_terms_and_cell_prompt(model, blood):
@@ -228,9 +352,9 @@ def test_predictions_are_what_the_terms_judge(model, blood):
     with torch.no_grad():
         losses, first = model(inputs), model.predict(inputs)
         second = model.predict(inputs, first.cls_BD)
-    for name, bins in {"gep": first.gep_BG, "mvc": first.mvc_BG, "gep_prompt": second.gep_BG}.items():
+    for name, bins in {"gep": first.gep_G, "mvc": first.mvc_G, "gep_prompt": second.gep_G}.items():
         torch.testing.assert_close((bins - inputs["targets"]).square().sum(), losses[name].sum, rtol=1e-5, atol=0)
-    assert torch.equal(second.mvc_BG, first.mvc_BG)
+    assert torch.equal(second.mvc_G, first.mvc_G)
 
 
 def test_cell_prompt_gradient_stops_at_the_first_pass(blood):
@@ -249,9 +373,9 @@ def test_mvc_is_the_inner_product_of_the_paper(model, blood):
     inputs = model.pretrain_inputs(blood.take([0]), seed=0, step=None)
     with torch.no_grad():
         cls = model.predict(inputs).cls_BD[0]
-        genes = model.gene_norm(model.gene_embedding(inputs["asked"][0]))
+        genes = model.gene_norm(model.gene_embedding(inputs["asked"]))
         query = model.mvc_weight(torch.sigmoid(model.mvc_query(genes)))
-        expected = ((query @ cls - inputs["targets"][0]) ** 2).sum()
+        expected = ((query @ cls - inputs["targets"]) ** 2).sum()
         torch.testing.assert_close(model(inputs)["mvc"].sum, expected, rtol=1e-5, atol=0)
 
 
@@ -264,8 +388,8 @@ def test_objective_by_hand():
         model.decoder[-1].bias.fill_(3.0)
     cells = make_batch([{0: 1, 1: 2, 2: 3, 3: 4}])  # bins 1, 2, 3, 4
     inputs = model.pretrain_inputs(cells, seed=0, step=None)
-    targets = inputs["targets"][0]
-    assert sorted(targets.tolist()) == [gene + 1 for gene in sorted(inputs["asked"][0].tolist())]
+    targets = inputs["targets"]
+    assert sorted(targets.tolist()) == [gene + 1 for gene in sorted(inputs["asked"].tolist())]
     losses = model(inputs)
     assert losses["gep"] == losses["gep_prompt"] == ((targets - 3).square().sum(), 2)
     assert losses["mvc"] == (targets.square().sum(), 2)
@@ -339,9 +463,11 @@ def test_trivial_baseline_by_hand(model):
     assert trivial[3] == (bins_N[0] + bins_N[3]) / 2
     assert trivial[4] == bins_N[1]
     assert trivial[7] == pytest.approx(bins_N.mean())  # no cell expresses gene 7
+    asked = torch.tensor([3, model.pad, 3, 5])
     batch = {
-        "asked": torch.tensor([[3, model.pad], [3, 5]]),
-        "targets": trivial[torch.tensor([[3, model.pad], [3, 5]])] + torch.tensor([[1.0, 9.0], [2.0, 3.0]]),
+        "asked": asked,
+        "targets": trivial[asked] + torch.tensor([1.0, 9.0, 2.0, 3.0]),
+        "layout_asked": Packing("padded").layout([1, 2]),
     }
     losses = model.trivial_losses(batch, trivial)
     assert {name: (term.sum.item(), term.count.item()) for name, term in losses.items()} == dict.fromkeys(
@@ -356,9 +482,9 @@ def test_poolings(model, blood):
     assert torch.equal(cls, model.embed_cells(inputs))
     with torch.no_grad():
         h = model.states(inputs)
-    torch.testing.assert_close(cls, torch.nn.functional.normalize(h[:, 0], dim=1))
-    torch.testing.assert_close(mean[1], torch.nn.functional.normalize(h[1, 1], dim=0))
-    torch.testing.assert_close(mean[2], torch.nn.functional.normalize(h[2, 1:].mean(0), dim=0))
+    torch.testing.assert_close(cls, torch.nn.functional.normalize(h[[0, 1, 3]], dim=1))
+    torch.testing.assert_close(mean[1], torch.nn.functional.normalize(h[2], dim=0))
+    torch.testing.assert_close(mean[2], torch.nn.functional.normalize(h[4:].mean(0), dim=0))
     assert mean[0].abs().max() == 0
 
 
@@ -367,8 +493,11 @@ def test_gene_states(model, blood):
     inputs = model.embed_inputs(cells)
     found = model.gene_states(inputs)
     assert len(found.cells_N) == 600
-    row, place = int(found.cells_N[450]), int(torch.where(inputs["tokens"][1] == found.genes_N[450])[0])
-    assert torch.equal(found.states_ND[450], model.states(inputs)[row, place])
+    assert torch.bincount(found.cells_N).tolist() == [300, 300]
+    assert found.genes_N[300:].tolist() == cell_of(inputs, "tokens", 1)[1:].tolist()
+    place = 301 + 1 + 150  # behind the first cell and the second one's <cls>
+    assert found.genes_N[450] == inputs["tokens"][place]
+    assert torch.equal(found.states_ND[450], model.states(inputs)[place])
 
 
 def test_values_of_bins_by_hand():
@@ -398,15 +527,14 @@ def test_true_bins_give_back_the_values(model, blood):
     assert np.abs(values - truth).mean() < 0.1
 
 
-def test_imputation_asks_the_trained_output(model, blood, monkeypatch):
-    """Answers are the bins that gep predicts, one by one: in other chunks, company and order the same."""
+def test_imputation_asks_the_trained_output(model, blood):
+    """Answers are the bins that gep predicts, one by one: in other company and order the same."""
     shown = blood.take([0, 1])
     asked = np.stack([np.setdiff1d(np.arange(3000), shown.genes[shown.cell_of == row])[:500] for row in (0, 1)])
     with torch.no_grad():
         inputs = model.impute_inputs(shown, asked)
         answer = model.impute(inputs)
-        assert torch.equal(answer.detection_BQ, model.predict(inputs).gep_BG)
-        monkeypatch.setattr(scgpt, "CHUNK", 64)
+        assert torch.equal(answer.detection_BQ.flatten(), model.predict(inputs).gep_G)
         few = model.impute(model.impute_inputs(shown.take([1]), asked[1:, ::-5].copy()))
     torch.testing.assert_close(few.values_BQ[0], answer.values_BQ[1].flip(0)[::5], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(few.detection_BQ[0], answer.detection_BQ[1].flip(0)[::5], atol=1e-5, rtol=1e-5)
@@ -421,6 +549,6 @@ def test_learns_below_the_trivial_baseline(blood):
     model = Scgpt(replace(TINY, dropout=0.0, max_length=101), N_GENES)
     validation = model.pretrain_inputs(cells, seed=0, step=None)
     untrained = total_loss(model(validation)).item()
-    bins = validation["targets"][validation["asked"] != model.pad]
+    bins = validation["targets"]
     constant = 3 * (bins - bins.mean()).square().mean().item()
     assert train(model, cells, steps=100, learning_rate=1e-2) < constant < untrained

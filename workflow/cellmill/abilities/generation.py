@@ -12,7 +12,8 @@ output that was trained on states alone (``output="mvc"``).
 
 Bins mean counts only beside a cell: `values_by_reference` takes the counts of a cell, `values_by_total` a depth.
 
-Legend: B cells, Q genes asked of a cell, D width, P perceived tokens, R genes still to be generated, E bins.
+Legend: B cells, Q genes asked of a cell, D width, P slots of perceived tokens of all cells together, R genes of a cell
+still to be generated, S of them generated in a step, E bins.
 """
 
 from typing import Literal, NamedTuple
@@ -23,9 +24,11 @@ from torch import Tensor
 
 from cellmill.errors import CellmillError
 from cellmill.models.base import Inputs, to_device
-from cellmill.models.scgpt import Scgpt, value_of_bins
+from cellmill.models.packing import uniform
+from cellmill.models.scgpt import PAD_VALUE, Scgpt, value_of_bins
 from cellmill.progress import Progress
 from cellmill.shards.batch import CellBatch
+from cellmill.views.ragged import offsets_of
 from cellmill.views.scgpt import count_edges
 
 _HALVINGS = 60
@@ -49,8 +52,7 @@ def cell_states(model: Scgpt, cells: CellBatch, batch_size: int = 64) -> np.ndar
         for start in range(0, len(cells), batch_size):
             batch = cells.slice(start, min(start + batch_size, len(cells)))
             inputs = to_device(model.embed_inputs(batch), _device(model))
-            h_BPD = model.states(inputs, only_cls=True)
-            parts.append(h_BPD[:, 0].float().cpu().numpy())
+            parts.append(model.states(inputs, only_cls=True).float().cpu().numpy())
             progress.update(start + len(batch))
     model.train(was_training)
     return np.concatenate(parts)
@@ -104,38 +106,56 @@ def generate(
     with torch.inference_mode(), Progress("generation", len(genes_BQ)) as progress:
         for start in range(0, len(genes_BQ), batch_size):
             stop = min(start + batch_size, len(genes_BQ))
-            inputs = model.embed_inputs(known.slice(start, stop))
-            inputs["asked"] = torch.from_numpy(genes_BQ[start:stop])
+            perceived = to_device(model.embed_inputs(known.slice(start, stop)), device)
+            asked_BQ = torch.from_numpy(genes_BQ[start:stop]).to(device)
             prompt_BD = None if states_BD is None else torch.as_tensor(states_BD[start:stop]).float().to(device)
-            parts.append(_generate(model, to_device(inputs, device), prompt_BD, steps, output))
+            parts.append(_generate(model, perceived, asked_BQ, prompt_BD, steps, output))
             progress.update(stop)
     model.train(was_training)
     return Generated(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
 
-def _generate(model: Scgpt, inputs: Inputs, prompt_BD: Tensor | None, steps: int, output: str) -> tuple[Tensor, Tensor]:
+def _generate(
+    model: Scgpt, perceived: Inputs, asked_BQ: Tensor, prompt_BD: Tensor | None, steps: int, output: str
+) -> tuple[Tensor, Tensor]:
     """Bins [B, Q] and steps [B, Q] of one batch."""
-    tokens_BP, values_BP, asked_BQ = inputs["tokens"], inputs["values"], inputs["asked"]
     n_asked = asked_BQ.shape[1]
     bins_BQ, step_BQ = torch.zeros_like(asked_BQ, dtype=torch.float32), torch.zeros_like(asked_BQ)
     left_BR = torch.arange(n_asked, device=asked_BQ.device).expand_as(asked_BQ)  # places among the genes asked for
     for step in range(1, steps + 1):
-        asked_BR = asked_BQ.gather(1, left_BR)
-        predicted = model.predict({"tokens": tokens_BP, "values": values_BP, "asked": asked_BR}, prompt_BD)
         n_now = n_asked * step // steps - n_asked * (step - 1) // steps
-        order_BR = (predicted.gep_BG - predicted.mvc_BG).abs().argsort(dim=1, stable=True)
-        now_BR, later_BR = order_BR[:, :n_now], order_BR[:, n_now:]
-        bins_BR = (
-            (predicted.gep_BG if output == "gep" else predicted.mvc_BG)
-            .clamp(1, model.sizes.n_bins - 1)
-            .gather(1, now_BR)
-        )
-        bins_BQ.scatter_(1, left_BR.gather(1, now_BR), bins_BR)
-        step_BQ.scatter_(1, left_BR.gather(1, now_BR), step)
-        tokens_BP = torch.cat([tokens_BP, asked_BR.gather(1, now_BR)], dim=1)
-        values_BP = torch.cat([values_BP, bins_BR.round()], dim=1)  # perceived bins are whole numbers in training
+        if not n_now:
+            continue
+        asked_BR = asked_BQ.gather(1, left_BR)
+        layout_asked = uniform(*asked_BR.shape).to(asked_BR.device)
+        inputs = perceived | {"asked": asked_BR.flatten().int(), "layout_asked": layout_asked}
+        predicted = model.predict(inputs, prompt_BD)
+        gep_BR, mvc_BR = (layout_asked.to_matrix(bins_G) for bins_G in (predicted.gep_G, predicted.mvc_G))
+        order_BR = (gep_BR - mvc_BR).abs().argsort(dim=1, stable=True)
+        now_BS, later_BR = order_BR[:, :n_now], order_BR[:, n_now:]
+        bins_BS = (gep_BR if output == "gep" else mvc_BR).clamp(1, model.sizes.n_bins - 1).gather(1, now_BS)
+        bins_BQ.scatter_(1, left_BR.gather(1, now_BS), bins_BS)
+        step_BQ.scatter_(1, left_BR.gather(1, now_BS), step)
+        if later_BR.shape[1]:
+            # perceived bins are whole numbers in training
+            perceived = _with_genes(model, perceived, asked_BR.gather(1, now_BS), bins_BS.round())
         left_BR = left_BR.gather(1, later_BR)
     return bins_BQ, step_BQ
+
+
+def _with_genes(model: Scgpt, perceived: Inputs, genes_BS: Tensor, bins_BS: Tensor) -> Inputs:
+    """What is perceived, and some more genes of each cell, as many of all."""
+    before, n_more = perceived["layout"], genes_BS.shape[1]
+    after = model.packing.layout(before.lengths + n_more)
+    offsets = offsets_of(before.lengths)
+    source_P, target_P = before.index(offsets), after.index(offsets)
+    more_BS = (after.ends - n_more)[:, None] + np.arange(n_more)
+    inputs = {"layout": after.to(genes_BS.device)}
+    for name, fill, values_BS in (("tokens", model.pad, genes_BS), ("values", PAD_VALUE, bins_BS)):
+        inputs[name] = perceived[name].new_full((after.n_slots,), fill)
+        inputs[name][target_P] = perceived[name][source_P]
+        inputs[name][more_BS] = values_BS.to(inputs[name].dtype)
+    return inputs
 
 
 def values_by_reference(model: Scgpt, bins_BQ: np.ndarray, reference: CellBatch) -> np.ndarray:

@@ -10,8 +10,8 @@ second pass that is given the first pass's <cls> state as its <cls> input (gep_p
 
 Token ids: gene g is g; then pad V, cls V + 1, eoc V + 2 (unused, kept for the released weights).
 
-Legend: B cells, P perceived tokens (<cls> in front), G generated tokens, C of them at a time, D width, V genes,
-N nonzeros, Q genes that a cell is asked for, E quantile edges.
+Legend: B cells, P slots of perceived tokens of all cells together (<cls> in front of each cell), G slots of generated
+ones, D width, V genes, N nonzeros, Q genes that a cell is asked for, E quantile edges.
 """
 
 from collections.abc import Iterable
@@ -24,19 +24,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cellmill.errors import CellmillError
-from cellmill.models.attention_padded import MultiHeadAttention, attend, key_mask
-from cellmill.models.base import CellModel, GeneStates, GeneStatistics, Imputed, Inputs, Losses, LossTerm
+from cellmill.models.attention import MultiHeadAttention, attend, attention_flops
+from cellmill.models.base import (
+    CellModel,
+    GeneStates,
+    GeneStatistics,
+    Imputed,
+    Inputs,
+    Losses,
+    LossTerm,
+    in_compute_dtype,
+)
+from cellmill.models.packing import Layout, Packing, uniform
 from cellmill.shards.batch import CellBatch
 from cellmill.views import scgpt as views
-from cellmill.views.ragged import hash_genes, offsets_of, pad, place_within, spread
+from cellmill.views.ragged import hash_genes, offsets_of, place_within, spread
 
 N_SPECIALS = 3
 """<pad>, <cls> and <eoc>."""
-PAD_VALUE = -2.0
-MAX_VALUE = 512.0
+PAD_VALUE = -2
+"""Of <cls>, and of unused slots."""
+MAX_VALUE = 512
 EMBEDDING_RANGE = 0.1
-CHUNK = 128
-"""Generated tokens that attend at once. They do not see each other: it bounds memory and changes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +99,7 @@ class ValueEncoder(nn.Module):
 
     def __init__(self, sizes: Sizes):
         super().__init__()
+        self.n_bins = sizes.n_bins
         self.linear1 = nn.Linear(1, sizes.width)
         self.linear2 = nn.Linear(sizes.width, sizes.width)
         self.norm = nn.LayerNorm(sizes.width)
@@ -99,10 +109,16 @@ class ValueEncoder(nn.Module):
                 kinks_D = torch.rand(sizes.width) * (sizes.n_bins - 1)
                 self.linear1.bias.copy_(-self.linear1.weight[:, 0] * kinks_D)
 
-    def forward(self, values_BP: Tensor) -> Tensor:
-        """[B, P, D]."""
-        x_BPD = F.relu(self.linear1(values_BP.clamp(max=MAX_VALUE).unsqueeze(2)))
-        return self.dropout(self.norm(self.linear2(x_BPD)))
+    def forward(self, values_P: Tensor) -> Tensor:
+        """float32 [P, D], of whole values from `PAD_VALUE` to the highest bin.
+
+        They are few, and tokens many: the network computes each value once.
+        """
+        device = values_P.device
+        every_W = torch.arange(PAD_VALUE, self.n_bins, device=device).clamp(max=MAX_VALUE)
+        with torch.autocast(device.type, enabled=False):
+            table_WD = self.norm(self.linear2(F.relu(self.linear1(every_W.float().unsqueeze(1)))))
+        return self.dropout(F.embedding(values_P - PAD_VALUE, table_WD))
 
 
 class Layer(nn.Module):
@@ -119,46 +135,68 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(sizes.dropout)
 
     def forward(
-        self, x_BPD: Tensor, g_BGD: Tensor | None, masks: dict[int, Tensor], n_perceived: int | None = None
+        self,
+        x_PD: Tensor,
+        layout: Layout,
+        g_GD: Tensor | None = None,
+        layout_asked: Layout | None = None,
+        cls_BD: Tensor | None = None,
+        layout_cls: Layout | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Perceived tokens attend to each other, every generated one to them and to itself.
+        """Perceived tokens attend to each other, every generated one to its cell's perceived ones and to itself.
 
         Parameters
         ----------
-        x_BPD, g_BGD
-            Perceived and generated tokens; there may be no generated ones.
-        masks
-            Which keys are open: to perceived tokens (0), and to C generated tokens (C), whose own keys come last.
-        n_perceived
-            Of how many perceived tokens, the first, the new states are wanted; by default of all.
-        """
-        dropout = self.attention.dropout if self.training else 0.0
-        q, k, v = self.attention.project(x_BPD)
-        context_BPD = attend(q[:, :, :n_perceived], k, v, masks[0], dropout=dropout)
-        x_BPD = self._after(x_BPD[:, :n_perceived], self.attention.out(context_BPD))
-        if g_BGD is None:
-            return x_BPD, None
-        parts = []
-        for g_BCD in g_BGD.split(CHUNK, dim=1):
-            q, own_k, own_v = self.attention.project(g_BCD)
-            k_and_own, v_and_own = torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2)
-            context_BCD = attend(q, k_and_own, v_and_own, masks[g_BCD.shape[1]], dropout=dropout)
-            parts.append(
-                self._after(g_BCD, context_BCD if self.released_gen_stream else self.attention.out(context_BCD))
-            )
-        return x_BPD, torch.cat(parts, dim=1)
+        x_PD, layout
+            Perceived tokens.
+        g_GD, layout_asked
+            Generated tokens; there may be none.
+        cls_BD, layout_cls
+            Those of the perceived tokens whose new states alone are wanted; by default all are.
 
-    def _after(self, x_BLD: Tensor, attended_BLD: Tensor) -> Tensor:
-        x_BLD = self.norm1(x_BLD + self.dropout(attended_BLD))
-        return self.norm2(x_BLD + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x_BLD))))))
+        Returns
+        -------
+        The new states of perceived tokens, and of generated ones.
+        """
+        dropout = self.attention.dropout_now
+        if cls_BD is None:
+            cls_BD, layout_cls = x_PD, layout
+            q, k, v = self.attention.project(x_PD)
+        else:
+            q, k, v = self.attention.project_across(cls_BD, x_PD)
+        context_BD = attend(q, k, v, layout_cls, layout, dropout=dropout)
+        x_PD = self._after(cls_BD, self.attention.out(context_BD))
+        if g_GD is None:
+            return x_PD, None
+        q, own_k, own_v = self.attention.project(g_GD)
+        context_GD = attend(q, k, v, layout_asked, layout, own=(own_k, own_v), dropout=dropout)
+        return x_PD, self._after(g_GD, context_GD if self.released_gen_stream else self.attention.out(context_GD))
+
+    def _after(self, x_ND: Tensor, attended_ND: Tensor) -> Tensor:
+        x_ND = in_compute_dtype(self.norm1(x_ND + self.dropout(attended_ND)))
+        hidden_ND = self.linear2(self.dropout(F.relu(self.linear1(x_ND))))
+        return in_compute_dtype(self.norm2(x_ND + self.dropout(hidden_ND)))
+
+    def flops(self, layout: Layout, layout_asked: Layout, layout_cls: Layout | None = None) -> float:
+        """Floating-point operations of `forward`; see `CellModel.body_flops`."""
+        layout_cls = layout if layout_cls is None else layout_cls
+        width, hidden = self.linear2.out_features, self.linear2.in_features
+        asked, project = layout_asked.n_tokens, 0 if self.released_gen_stream else width**2
+        products = 2.0 * (
+            2 * width**2 * layout.n_tokens
+            + (2 * width**2 + 2 * width * hidden) * layout_cls.n_tokens
+            + (3 * width**2 + 2 * width * hidden + project) * asked
+        )
+        attention = attention_flops(width, layout_cls, layout) + attention_flops(width, layout_asked, layout, own=True)
+        return products + attention
 
 
 class Predicted(NamedTuple):
     """What is predicted of generated genes."""
 
-    gep_BG: Tensor
+    gep_G: Tensor
     """float32, bins by each gene's own state."""
-    mvc_BG: Tensor
+    mvc_G: Tensor
     """float32, bins by the cell's state and each gene's embedding."""
     cls_BD: Tensor
     """The cell's state: the last one of <cls>, or the prompt."""
@@ -226,14 +264,16 @@ class Scgpt(CellModel):
         return views.bin_counts(cells, self.sizes.n_bins - 1, hash_genes(cells, "scgpt genes", *keys))
 
     def _perceived(self, offsets: np.ndarray, genes_N: np.ndarray, bins_N: np.ndarray) -> Inputs:
-        """`tokens` and `values` [B, P], with <cls> in front."""
-        tokens_BP = pad(offsets, genes_N, self.pad, before=1, dtype=np.int64)
-        tokens_BP[:, 0] = self.cls
-        values_BP = pad(offsets, bins_N, PAD_VALUE, before=1, dtype=np.float32)
-        return {"tokens": torch.from_numpy(tokens_BP), "values": torch.from_numpy(values_BP)}
+        """`tokens` and `values` [P], with <cls> in front of each cell, and their `layout`."""
+        layout = self.packing.layout(np.diff(offsets) + 1)
+        tokens_P = layout.place(offsets, genes_N, self.pad, before=1, dtype=np.int32)
+        tokens_P[layout.starts] = self.cls
+        values_P = layout.place(offsets, bins_N, PAD_VALUE, before=1, dtype=np.int32)
+        return {"tokens": torch.from_numpy(tokens_P), "values": torch.from_numpy(values_P), "layout": layout}
 
     def pretrain_inputs(self, cells: CellBatch, *, seed: int, step: int | None) -> Inputs:
-        """`tokens`, `values` [B, P], perceived; `asked` [B, G], hidden genes; `targets` [B, G], their bins.
+        """`tokens`, `values` [P], perceived, in `layout`; `asked` [G], hidden genes, and `targets` [G], their bins, in
+        `layout_asked`.
 
         See `cellmill.views.scgpt.pretrain`.
         """
@@ -243,66 +283,85 @@ class Scgpt(CellModel):
         shown_N = place_within(offsets) < spread(perceived_B, offsets)
         shown_offsets = offsets_of(perceived_B)
         hidden_offsets = offsets - shown_offsets
-        inputs = self._perceived(shown_offsets, genes_N[shown_N], bins_N[shown_N])
-        inputs["asked"] = torch.from_numpy(pad(hidden_offsets, genes_N[~shown_N], self.pad, dtype=np.int64))
-        inputs["targets"] = torch.from_numpy(pad(hidden_offsets, bins_N[~shown_N], 0, dtype=np.float32))
-        return inputs
+        asked = self.packing.layout(np.diff(hidden_offsets))
+        return {
+            **self._perceived(shown_offsets, genes_N[shown_N], bins_N[shown_N]),
+            "asked": torch.from_numpy(asked.place(hidden_offsets, genes_N[~shown_N], self.pad, dtype=np.int32)),
+            "targets": torch.from_numpy(asked.place(hidden_offsets, bins_N[~shown_N], 0, dtype=np.float32)),
+            "layout_asked": asked,
+        }
 
     def embed_inputs(self, cells: CellBatch) -> Inputs:
-        """`tokens`, `values` [B, P]; subset and ties are drawn by a fixed seed, so they depend on the cell alone."""
+        """`tokens`, `values` [P], `layout`; subset and ties are drawn by a fixed seed, so by the cell alone."""
         binned = views.embed(cells, n_edges=self.sizes.n_bins - 1, limit=self.sizes.max_length - 1)
         return self._perceived(binned.genes.offsets, binned.genes.genes, binned.bins)
 
     def impute_inputs(self, cells: CellBatch, genes_BQ: np.ndarray) -> Inputs:
-        """As `embed_inputs`, with `asked` [B, Q] and `edges` [B, E], log1p(CP10k) at the edges of the visible bins."""
+        """As `embed_inputs`, with `asked` [B Q] in `layout_asked` and `edges` [B, E], log1p(CP10k) at the edges of the
+        visible bins.
+        """
         edges_BE = views.count_edges(cells, self.sizes.n_bins - 1)
         edges_BE *= (1e4 / np.maximum(cells.totals, 1))[:, None]
         return {
             **self.embed_inputs(cells),
-            "asked": torch.from_numpy(np.ascontiguousarray(genes_BQ, dtype=np.int64)),
+            "asked": torch.from_numpy(genes_BQ.astype(np.int32).ravel()),
+            "layout_asked": uniform(*genes_BQ.shape),
             "edges": torch.from_numpy(np.log1p(edges_BE).astype(np.float32)),
         }
 
+    def token_lengths(self, cells: CellBatch) -> np.ndarray:
+        """int64 [B], <cls> and the genes that there is room for, perceived or generated."""
+        return np.minimum(cells.lengths, self.sizes.max_length - 1) + 1
+
     # --- network ------------------------------------------------------------------------------------------------------
 
-    def _genes(self, tokens_BL: Tensor) -> Tensor:
-        return self.gene_norm(self.gene_embedding(tokens_BL))
+    def _genes(self, tokens_N: Tensor) -> Tensor:
+        return self.gene_norm(self.gene_embedding(tokens_N))
 
-    def _perceive(self, inputs: Inputs) -> Tensor:
-        """[B, P, D], what goes in for perceived tokens."""
-        return self._genes(inputs["tokens"]) + self.value_encoder(inputs["values"])
+    def _perceive(self, genes_PD: Tensor, inputs: Inputs) -> Tensor:
+        """[P, D], what goes in for perceived tokens."""
+        return in_compute_dtype(genes_PD + self.value_encoder(inputs["values"]))
 
-    def _flagged(self, genes_BGD: Tensor) -> Tensor:
-        """[B, G, D], what goes in for generated tokens."""
-        return genes_BGD if self.flag_embedding is None else genes_BGD + self.flag_embedding.weight[1]
+    def _enter(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """What goes in for perceived tokens [P, D] and generated ones [G, D], and the latter's embeddings."""
+        tokens_P, asked_G = inputs["tokens"], inputs["asked"]
+        # looked up together: the gradient of a large table is made once
+        genes_ND = self._genes(torch.cat([tokens_P, asked_G]))
+        genes_PD, genes_GD = genes_ND.split([len(tokens_P), len(asked_G)])
+        flagged_GD = genes_GD if self.flag_embedding is None else genes_GD + self.flag_embedding.weight[1]
+        return self._perceive(genes_PD, inputs), in_compute_dtype(flagged_GD), genes_GD
 
     def encode(
-        self, x_BPD: Tensor, g_BGD: Tensor | None, valid_BP: Tensor, *, only_cls: bool = False
+        self,
+        x_PD: Tensor,
+        layout: Layout,
+        g_GD: Tensor | None = None,
+        layout_asked: Layout | None = None,
+        *,
+        only_cls: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Last states of perceived and of generated tokens (None where there are none).
 
         Parameters
         ----------
-        x_BPD, g_BGD
-            What goes in.
-        valid_BP
-            bool, which perceived tokens are no padding.
+        x_PD, layout
+            What goes in for perceived tokens.
+        g_GD, layout_asked
+            What goes in for generated tokens.
         only_cls
-            Of the perceived tokens, the last state of <cls> alone is wanted, [B, 1, D].
+            Of the perceived tokens, the last state of <cls> alone is wanted, [B, D].
         """
-        masks = {0: key_mask(valid_BP)}
-        sizes = () if g_BGD is None else {part.shape[1] for part in g_BGD.split(CHUNK, dim=1)}
-        for size in sizes:
-            itself_CC = torch.eye(size, dtype=torch.bool, device=valid_BP.device)
-            parts = (masks[0].expand(-1, -1, size, -1), itself_CC.expand(len(valid_BP), 1, -1, -1))
-            masks[size] = torch.cat(parts, dim=3)
         for layer in self.layers[:-1]:
-            x_BPD, g_BGD = layer(x_BPD, g_BGD, masks)
-        return self.layers[-1](x_BPD, g_BGD, masks, 1 if only_cls else None)
+            x_PD, g_GD = layer(x_PD, layout, g_GD, layout_asked)
+        if not only_cls:
+            return self.layers[-1](x_PD, layout, g_GD, layout_asked)
+        cls_BD = x_PD.index_select(0, layout.starts_B)
+        return self.layers[-1](x_PD, layout, g_GD, layout_asked, cls_BD, _one_each(layout))
 
     def states(self, inputs: Inputs, *, only_cls: bool = False) -> Tensor:
-        """[B, P, D], the last states of <cls> and the genes of `embed_inputs`; or [B, 1, D], of <cls> alone."""
-        return self.encode(self._perceive(inputs), None, inputs["tokens"] != self.pad, only_cls=only_cls)[0]
+        """[P, D], the last states of <cls> and the genes of `embed_inputs`; or [B, D], of <cls> alone."""
+        x_PD = self._perceive(self._genes(inputs["tokens"]), inputs)
+        return self.encode(x_PD, inputs["layout"], only_cls=only_cls)[0]
 
     def forward(self, inputs: Inputs, *, step: int | None = None) -> Losses:
         """Squared errors of the bins: `gep`, `mvc` and `gep_prompt`.
@@ -311,18 +370,36 @@ class Scgpt(CellModel):
         `gep_prompt` joins after `cell_prompt_after` training steps; validation (step None) always has it, so that its
         total means the same throughout.
         """
-        x_BPD, genes_BGD = self._perceive(inputs), self._genes(inputs["asked"])
-        g_BGD, valid_BP = self._flagged(genes_BGD), inputs["tokens"] != self.pad
-        h_BPD, h_BGD = self.encode(x_BPD, g_BGD, valid_BP, only_cls=True)
-        cls_BD = h_BPD[:, 0]
+        layout, layout_asked = inputs["layout"], inputs["layout_asked"]
+        x_PD, g_GD, genes_GD = self._enter(inputs)
+        cls_BD, h_GD = self.encode(x_PD, layout, g_GD, layout_asked, only_cls=True)
         losses = {
-            "gep": self._term(self._decode(h_BGD), inputs),
-            "mvc": self._term(self._decode_from_cell(cls_BD, genes_BGD), inputs),
+            "gep": _term(self._decode(h_GD), inputs),
+            "mvc": _term(self._decode_from_cell(cls_BD, genes_GD, layout_asked), inputs),
         }
-        if step is None or step >= self.sizes.cell_prompt_after:
-            _, h_BGD = self.encode(_with_cls(x_BPD, cls_BD.detach()), g_BGD, valid_BP, only_cls=True)
-            losses["gep_prompt"] = self._term(self._decode(h_BGD), inputs)
+        if self._has_second_pass(step):
+            prompted_PD = _with_cls(x_PD, cls_BD.detach(), layout)
+            _, h_GD = self.encode(prompted_PD, layout, g_GD, layout_asked, only_cls=True)
+            losses["gep_prompt"] = _term(self._decode(h_GD), inputs)
         return losses
+
+    def _has_second_pass(self, step: int | None) -> bool:
+        return step is None or step >= self.sizes.cell_prompt_after
+
+    def loss_counts(self, inputs: Inputs, *, step: int | None = None) -> dict[str, Tensor]:
+        """See `CellModel.loss_counts`: each term is over all hidden genes."""
+        names = ("gep", "mvc", "gep_prompt") if self._has_second_pass(step) else ("gep", "mvc")
+        return dict.fromkeys(names, _count(inputs))
+
+    def body_flops(self, inputs: Inputs, *, step: int | None = None) -> float:
+        """See `CellModel.body_flops`: the layers' and both decoders' products, of both passes where there are two."""
+        layout, layout_asked, width = inputs["layout"], inputs["layout_asked"], self.sizes.width
+        *layers, last = self.layers
+        passes = sum(layer.flops(layout, layout_asked) for layer in layers)
+        passes += last.flops(layout, layout_asked, _one_each(layout))
+        passes += 2.0 * (2 * width**2 + width) * layout_asked.n_tokens
+        mvc = 2.0 * ((width**2 + width) * layout_asked.n_tokens + width**2 * len(layout))
+        return passes * (2 if self._has_second_pass(step) else 1) + mvc
 
     def predict(self, inputs: Inputs, cls_BD: Tensor | None = None) -> Predicted:
         """The bins of genes that are `asked` for, one by one, whatever else is asked.
@@ -330,45 +407,39 @@ class Scgpt(CellModel):
         Parameters
         ----------
         inputs
-            `tokens`, `values` [B, P] and `asked` [B, G].
+            `tokens`, `values` [P] in `layout`, and `asked` [G] in `layout_asked`.
         cls_BD
             A cell's last state of <cls>, to put in the place of <cls> ("cell prompt").
         """
-        x_BPD, genes_BGD = self._perceive(inputs), self._genes(inputs["asked"])
+        layout, layout_asked = inputs["layout"], inputs["layout_asked"]
+        x_PD, g_GD, genes_GD = self._enter(inputs)
         if cls_BD is not None:
-            x_BPD = _with_cls(x_BPD, cls_BD)
-        g_BGD, valid_BP = self._flagged(genes_BGD), inputs["tokens"] != self.pad
-        h_BPD, h_BGD = self.encode(x_BPD, g_BGD, valid_BP, only_cls=True)
-        cls_BD = h_BPD[:, 0] if cls_BD is None else cls_BD
-        return Predicted(self._decode(h_BGD), self._decode_from_cell(cls_BD, genes_BGD), cls_BD)
+            x_PD = _with_cls(x_PD, cls_BD, layout)
+        last_BD, h_GD = self.encode(x_PD, layout, g_GD, layout_asked, only_cls=True)
+        cls_BD = last_BD if cls_BD is None else cls_BD
+        return Predicted(self._decode(h_GD), self._decode_from_cell(cls_BD, genes_GD, layout_asked), cls_BD)
 
-    def _decode(self, h_BGD: Tensor) -> Tensor:
-        """float32 [B, G], bins by the states; the last product never in bfloat16, whose steps near 50 are 1/4."""
-        hidden_BGD = self.decoder[:-1](h_BGD)
-        with torch.autocast(h_BGD.device.type, enabled=False):
-            return self.decoder[-1](hidden_BGD.float()).squeeze(2)
+    def _decode(self, h_ND: Tensor) -> Tensor:
+        """float32 [N], bins by the states; the last product never in bfloat16, whose steps near 50 are 1/4."""
+        hidden_ND = self.decoder[:-1](h_ND)
+        with torch.autocast(h_ND.device.type, enabled=False):
+            return self.decoder[-1](hidden_ND.float()).squeeze(1)
 
-    def _decode_from_cell(self, cls_BD: Tensor, genes_BGD: Tensor) -> Tensor:
-        """float32 [B, G], <W q, h> with the genes' queries q and the cell's state h."""
-        query_BGD = torch.sigmoid(self.mvc_query(genes_BGD))
+    def _decode_from_cell(self, cls_BD: Tensor, genes_GD: Tensor, layout: Layout) -> Tensor:
+        """float32 [G], <W q, h> with the genes' queries q and the state h of each gene's cell."""
+        query_GD = torch.sigmoid(self.mvc_query(genes_GD))
         cell_BD = cls_BD @ self.mvc_weight.weight  # W is folded into the cell's state once, not into every gene's query
-        return (query_BGD.float() * cell_BD.float().unsqueeze(1)).sum(2)
-
-    def _term(self, predicted_BG: Tensor, inputs: Inputs) -> LossTerm:
-        asked_BG = inputs["asked"] != self.pad
-        error_BG = (predicted_BG.float() - inputs["targets"]) * asked_BG
-        return LossTerm(error_BG.square().sum(), asked_BG.sum().float())
+        rows_G = layout.rows_N.clamp(max=len(layout) - 1)
+        return (query_GD.float() * cell_BD.float().index_select(0, rows_G)).sum(1)
 
     # --- what is read out ---------------------------------------------------------------------------------------------
 
     def embed_cells(self, inputs: Inputs, pooling: str | None = None) -> Tensor:
         """[B, D], of length 1: the last state of <cls>, or the mean of those of the genes (zero for an empty cell)."""
         pooling = self.check_pooling(pooling)
-        h_BPD = self.states(inputs, only_cls=pooling == "cls").float()
         if pooling == "cls":
-            return F.normalize(h_BPD[:, 0], dim=1)
-        is_gene_BP1 = (inputs["tokens"] < self.n_genes).unsqueeze(2)
-        return F.normalize((h_BPD * is_gene_BP1).sum(1), dim=1)
+            return F.normalize(self.states(inputs, only_cls=True).float(), dim=1)
+        return F.normalize(inputs["layout"].sum(self.states(inputs), inputs["tokens"] < self.n_genes), dim=1)
 
     def embed_genes(self) -> Tensor:
         """[V, D], the gene embeddings after their norm."""
@@ -377,14 +448,15 @@ class Scgpt(CellModel):
 
     def gene_states(self, inputs: Inputs) -> GeneStates:
         """The last layer's states of the genes that `embed_inputs` drew of each cell."""
-        tokens_BP = inputs["tokens"]
-        cells_N, places_N = torch.nonzero(tokens_BP < self.n_genes, as_tuple=True)
-        states_ND = self.states(inputs)[cells_N, places_N].float()
-        return GeneStates(cells_N, tokens_BP[cells_N, places_N], states_ND)
+        tokens_P = inputs["tokens"]
+        (index_N,) = torch.nonzero(tokens_P < self.n_genes, as_tuple=True)
+        return GeneStates(
+            inputs["layout"].rows_N[index_N], tokens_P[index_N].long(), self.states(inputs)[index_N].float()
+        )
 
     def impute(self, inputs: Inputs) -> Imputed:
         """Asked genes are generated (`gep`); values by the visible counts' quantiles, detection by the bin."""
-        bins_BQ = self.predict(inputs).gep_BG
+        bins_BQ = inputs["layout_asked"].to_matrix(self.predict(inputs).gep_G)
         return Imputed(value_of_bins(bins_BQ, inputs["edges"]), bins_BQ)
 
     # --- trivial baseline ---------------------------------------------------------------------------------------------
@@ -401,13 +473,30 @@ class Scgpt(CellModel):
 
     def trivial_losses(self, inputs: Inputs, trivial: Tensor) -> Losses:
         """All three terms when every hidden gene is predicted by its mean bin in the corpus."""
-        term = self._term(trivial.to(inputs["asked"].device)[inputs["asked"]], inputs)
+        term = _term(trivial.to(inputs["asked"].device)[inputs["asked"]], inputs)
         return {"gep": term, "mvc": term, "gep_prompt": term}
 
 
-def _with_cls(x_BPD: Tensor, cls_BD: Tensor) -> Tensor:
+def _with_cls(x_PD: Tensor, cls_BD: Tensor, layout: Layout) -> Tensor:
     """The inputs with a cell's state in the place of <cls>."""
-    return torch.cat([cls_BD.unsqueeze(1).to(x_BPD.dtype), x_BPD[:, 1:]], dim=1)
+    return x_PD.index_copy(0, layout.starts_B, cls_BD.to(x_PD.dtype))
+
+
+def _one_each(layout: Layout) -> Layout:
+    """One token of each cell: a matrix where `layout` is one, else packed."""
+    kind = "packed" if layout.width is None else "padded"
+    return Packing(kind).layout(np.ones(len(layout))).to(layout.device)
+
+
+def _count(inputs: Inputs) -> Tensor:
+    """float32 [], the genes that a cell is asked for, of all cells."""
+    return torch.full((), inputs["layout_asked"].n_tokens, dtype=torch.float32, device=inputs["asked"].device)
+
+
+def _term(predicted_G: Tensor, inputs: Inputs) -> LossTerm:
+    """The squared error of bins."""
+    error_G = (predicted_G.float() - inputs["targets"]) * inputs["layout_asked"].used_N
+    return LossTerm(error_G.square().sum(), _count(inputs))
 
 
 def value_of_bins(bins_BQ: Tensor, edges_BE: Tensor) -> Tensor:
