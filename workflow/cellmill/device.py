@@ -40,11 +40,21 @@ def set_up_torch(training: Training) -> tuple[torch.device, AbstractContextManag
         If ``training.precision`` asks for bfloat16 of a GPU that has none.
     """
     device = use_threads(training.threads)
-    has_bfloat16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if training.precision == "bfloat16" and not has_bfloat16:
-        name = torch.cuda.get_device_name(device)
-        raise CellmillError(f"the GPU {name} has no bfloat16; set training.precision to auto or float32")
-    automatic = training.precision == "auto" and device.type == "cuda" and has_bfloat16
-    if training.precision == "bfloat16" or automatic:
-        return device, torch.autocast(device.type, torch.bfloat16)
-    return device, EXACT
+    return device, arithmetic(training.precision, device, "training.precision")
+
+
+def arithmetic(precision: str, device: torch.device, key: str) -> AbstractContextManager:
+    """The context of forward passes: `EXACT`, or autocast to bfloat16; "auto" is bfloat16 on a GPU that has it.
+
+    Raises
+    ------
+    CellmillError
+        If `precision`, a setting named `key`, asks for bfloat16 of a GPU that has none.
+    """
+    if precision == "float32" or (precision == "auto" and device.type == "cpu"):
+        return EXACT
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        if precision == "auto":
+            return EXACT
+        raise CellmillError(f"the GPU {torch.cuda.get_device_name(device)} has no bfloat16; set {key} to float32")
+    return torch.autocast(device.type, torch.bfloat16)

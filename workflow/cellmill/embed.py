@@ -4,11 +4,12 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
-from cellmill.device import best_device
+from cellmill.device import arithmetic, best_device
 from cellmill.errors import CellmillError
 from cellmill.files import atomic, sha256
 from cellmill.gene_map import GeneMap
@@ -28,11 +29,12 @@ def embed_shards(
     pooling: str | None = None,
     progress: bool = True,
     gene_map: GeneMap | None = None,
+    precision: Literal["float32", "bfloat16"] = "float32",
 ) -> np.ndarray:
-    """Embed every cell of a split, in evaluation mode and float32.
+    """Embed every cell of a split, in evaluation mode.
 
-    Cells of similar length are put into one batch, so that little is computed for padding; a cell's embedding depends
-    on neither that nor the batch size, but for rounding.
+    Cells of similar length are put into one batch, which suits attention that pads; a cell's embedding depends on
+    neither that nor the batch size, but for rounding.
 
     Parameters
     ----------
@@ -49,6 +51,8 @@ def embed_shards(
         False keeps silent.
     gene_map
         From the genes of the shards to those of the model, if it has a vocabulary of its own.
+    precision
+        Arithmetic of the forward pass; what is returned is float32.
 
     Returns
     -------
@@ -58,7 +62,7 @@ def embed_shards(
     Raises
     ------
     CellmillError
-        If the numbers of genes differ, the split has no cells, or an embedding is not finite.
+        If the numbers of genes differ, the split has no cells, an embedding is not finite, or the GPU has no bfloat16.
     """
     if gene_map is None and shards.n_genes != model.n_genes:
         raise CellmillError(
@@ -72,7 +76,8 @@ def embed_shards(
     was_training = model.training
     model.to(device).eval()
     chunks = []
-    with torch.inference_mode(), Progress(f"embedding {shards.folder.name}", n_cells, show=progress) as bar:
+    bar = Progress(f"embedding {shards.folder.name}", n_cells, show=progress)
+    with torch.inference_mode(), arithmetic(precision, device, "embedding.precision"), bar:
         n_done = 0
         for chunk in shards.batches(split, batch_size * BATCHES_SORTED_TOGETHER):
             order = np.argsort(-chunk.lengths, kind="stable")

@@ -41,7 +41,7 @@ from cellmill.training.micro_batches import Step, packing, views
 from cellmill.training.optimizer import learning_rate, make_optimizer
 from cellmill.training.parallel import Ranks, Wrapped, fill, whole_tensors, wrap
 from cellmill.training.precision import is_compiled, prepare_blocks
-from cellmill.training.state import State, load_state, save_state
+from cellmill.training.state import Aside, State, load_state, save_state
 
 ELSEWHERE = ("ranks", "nodes", "parallel", "memory_gb", "spike_factor", "early_stop")
 """Keys of the training that a run may change and still go on from its state: where it runs and when it is stopped."""
@@ -164,7 +164,7 @@ class _Run:
         if self.step == 0:
             self._validate()
         self.model.train()
-        with ThreadPoolExecutor(1, "cellmill-views") as ahead:  # makes the views of the next step
+        with Aside() as saving, ThreadPoolExecutor(1, "cellmill-views") as ahead:  # makes the views of the next step
             coming = ahead.submit(self.prepare, self.step)
             while self.step < training.steps:
                 now = coming.result()
@@ -180,7 +180,11 @@ class _Run:
                 if last or self.step % training.validate_every == 0:
                     self._validate()
                 if last or self.step % training.checkpoint_every == 0:
-                    self._save(folder, now.after, fingerprint)
+                    with self.meter.paused():
+                        state = self.state(now.after)
+                        if self.ranks.main:
+                            saving.write(state, lambda kept: save_state(folder, kept, fingerprint))
+                saving.check()
 
     def restore(self, state: State) -> None:
         """Go back to where `state` was saved."""
@@ -206,12 +210,6 @@ class _Run:
             tensors=whole_tensors(self.model, self.optimizer) | {f"random.{name}": t for name, t in random.items()},
             log=self.log.table(),
         )
-
-    def _save(self, folder: Path, position: dict, fingerprint: str) -> None:
-        with self.meter.paused():
-            state = self.state(position)
-            if self.ranks.main:
-                save_state(folder, state, fingerprint)
 
     def prepare(self, step: int) -> Step:
         """Read this rank's cells of a step and make the views of their micro batches."""

@@ -3,12 +3,16 @@
 Each state is a folder ``step-NNNNNNNN`` of its own: ``tensors.safetensors``, ``log.parquet`` and ``state.json``, whose
 hashes bind the three. It is written under a temporary name, forced to the disk and renamed, and only then are older
 states removed. So at whatever instant the process dies, the newest folder with a proper name is whole.
+
+`Aside` writes while training goes on, of tensors that were copied.
 """
 
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -91,6 +95,54 @@ def save_state(folder: Path, state: State, fingerprint: str) -> None:
     for other in folder.iterdir():
         if other != final:
             shutil.rmtree(other, ignore_errors=True)
+
+
+class Aside:
+    """One thread that writes states, one at a time, while the caller goes on.
+
+    Used as a context, which is left when the last state is written. What goes wrong is raised there, or by the next
+    call.
+    """
+
+    def __init__(self):
+        self._thread = ThreadPoolExecutor(1, "cellmill-state")
+        self._writing: Future | None = None
+
+    def __enter__(self) -> "Aside":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self._thread.shutdown(wait=True)
+        if error is None:
+            self.wait()
+
+    def write(self, state: State, save: Callable[[State], None]) -> None:
+        """Have `save` called with a copy of `state`, once the state before is written."""
+        self.wait()
+        kept = replace(state, tensors={name: _copy(tensor) for name, tensor in state.tensors.items()})
+        self._writing = self._thread.submit(save, kept)
+
+    def check(self) -> None:
+        """Raise what has gone wrong so far, without waiting."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until what was handed over is written.
+
+        Raises
+        ------
+        CellmillError
+            If it could not be.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host that does not follow the original."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 def load_state(folder: Path, fingerprint: str) -> tuple[State | None, list[str]]:
