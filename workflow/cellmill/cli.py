@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cellmill.cli_abilities import COMMANDS
+from cellmill.cli_training import COMMANDS as TRAINING_COMMANDS
 from cellmill.errors import CellmillError
 from cellmill.provenance import PROJECT
 
@@ -145,6 +146,8 @@ def export_released(
 
 for command in COMMANDS:
     app.command(rich_help_panel="What a model can do")(command)
+for command in TRAINING_COMMANDS:
+    app.command(rich_help_panel="Training")(command)
 
 
 def main() -> None:
