@@ -11,7 +11,7 @@ the optimiser's moments, and the weights of a block are put together just before
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +25,8 @@ from cellmill.errors import CellmillError
 from cellmill.models.base import CellModel, Inputs, Losses
 from cellmill.randomness import hash64
 from cellmill.recipes import Training
+from cellmill.shards.batch import CellBatch
+from cellmill.training.micro_batches import views
 from cellmill.training.optimizer import fill_optimizer, optimizer_tensors
 
 TIME_LIMIT = timedelta(minutes=10)
@@ -60,6 +62,11 @@ class Ranks:
         """Whether this is the rank that writes files and speaks."""
         return self.rank == 0
 
+    @property
+    def kind(self) -> str:
+        """How the ranks are joined, in words."""
+        return "NCCL" if torch.cuda.is_available() else "gloo"
+
     def check(self, training: Training) -> None:
         """See that as many processes run as the recipe says.
 
@@ -94,8 +101,9 @@ class Ranks:
         if torch.cuda.is_available():
             if self.local >= torch.cuda.device_count():
                 raise CellmillError(
-                    f"this machine has {torch.cuda.device_count()} GPUs and more ranks; set training.ranks to at most "
-                    "the number of GPUs, or CUDA_VISIBLE_DEVICES to nothing to train on the CPU"
+                    f"there are more ranks on this machine than its {torch.cuda.device_count()} GPUs; set "
+                    "training.ranks to at most their number, ask for more of them (docs/cluster.md), or set "
+                    "CUDA_VISIBLE_DEVICES to nothing to train on the CPU"
                 )
             torch.cuda.set_device(self.local)
             backend = "cpu:gloo,cuda:nccl"
@@ -243,6 +251,39 @@ def _sharded(model: CellModel, ranks: Ranks) -> None:
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
+# --- held-out cells ---------------------------------------------------------------------------------------------------
+
+
+def shared_losses(
+    wrapped: Wrapped,
+    batches: list[CellBatch],
+    seed: int,
+    autocast: AbstractContextManager,
+    limit: int,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """`cellmill.evaluate_loss.mean_losses` of batches that the ranks share out; the same on every rank."""
+    model = wrapped.model
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    n_cells, totals, terms = 0, 0.0, {}
+    with torch.no_grad(), autocast:  # inference mode would make tensors that fsdp cannot use again in training
+        for first in range(0, len(batches), ranks.world):
+            mine = min(first + ranks.rank, len(batches) - 1)
+            counts = mine == first + ranks.rank  # the last round may have less than a batch for every rank
+            parts = views(model, batches[mine], limit, device, seed=seed, step=None)
+            n_cells += len(batches[mine]) * counts
+            for i in range(ranks.most(len(parts))):
+                terms = model(parts[min(i, len(parts) - 1)], step=None)
+                both = torch.stack([torch.stack([term.sum.double(), term.count.double()]) for term in terms.values()])
+                totals = totals + both * float(counts and i < len(parts))
+    model.train(was_training)
+    sums = dict(zip(terms, ranks.sum(totals), strict=True))
+    means = {name: float(total / count.clamp(min=1)) for name, (total, count) in sums.items()}
+    return {"loss": sum(means.values()), **means, "cells": int(ranks.sum(torch.tensor(n_cells)))}
+
+
 # --- whole tensors, for saving and going on ---------------------------------------------------------------------------
 
 
@@ -279,6 +320,18 @@ def fill(model: CellModel, optimizer: torch.optim.Optimizer, tensors: dict[str, 
     with torch.no_grad():
         fill_model(model, of_model, where)
     fill_optimizer(optimizer, of_optimizer)
+
+
+def whole_model(wrapped: Wrapped, build: Callable[[], CellModel]) -> CellModel:
+    """The model with whole weights, on rank 0; every rank must ask for it. `build` makes another one like it."""
+    if not wrapped.even:
+        return wrapped.model
+    tensors = whole_tensors(wrapped.model)
+    if dist.get_rank() != 0:
+        return wrapped.model
+    model = build()
+    fill_model(model, {name.removeprefix("model."): tensor for name, tensor in tensors.items()}, "the trained model")
+    return model
 
 
 def _is_cut(tensor: Tensor) -> bool:
