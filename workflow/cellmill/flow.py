@@ -276,8 +276,26 @@ class Flow:
         return asdict(self.run.models[wildcards.model].embedding)
 
     def threads(self, wildcards) -> int:
-        """CPU threads of a model's training."""
+        """CPU threads of one process of a model's training, and of its embedding."""
         return self.run.models[wildcards.model].training.threads
+
+    def training_threads(self, wildcards) -> int:
+        """CPU threads of all processes that train a model on one machine."""
+        training = self.run.models[wildcards.model].training
+        return training.ranks * training.threads
+
+    def training_memory(self, wildcards) -> int:
+        """Megabytes, on each machine that trains a model."""
+        return 4000 * self.run.models[wildcards.model].training.ranks
+
+    def nodes(self, wildcards) -> int | None:
+        """Machines that train a model, where there are several; for SLURM also its tasks, one a machine."""
+        nodes = self.run.models[wildcards.model].training.nodes
+        return nodes if nodes > 1 else None
+
+    def step_starter(self, wildcards) -> str | None:
+        """What starts a task on each of several machines: SLURM's plugin then leaves it to the job."""
+        return "srun" if self.nodes(wildcards) else None
 
     def pretrain_code(self, wildcards) -> str:
         """Code version of training a model."""

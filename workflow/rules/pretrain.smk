@@ -1,5 +1,6 @@
 # One training run per model and seed. State to go on from after a kill lies in a folder that is not declared here,
-# since Snakemake deletes the outputs of a failed job. Published weights are read instead of trained.
+# since Snakemake deletes the outputs of a failed job. Published weights are read instead of trained. Where a recipe asks
+# for several processes, the script starts them (cellmill.training.launch): the job is one, with the threads of all.
 
 
 rule pretrain:
@@ -17,10 +18,13 @@ rule pretrain:
         "results/{run}/benchmarks/pretrain/{model}-seed{seed}.tsv"
     conda:
         "../../envs/train.yaml"
-    threads: flow.threads
+    threads: flow.training_threads
     resources:
-        mem_mb=4000,
+        mem_mb=flow.training_memory,
         runtime=2880,
+        nodes=flow.nodes,
+        tasks=flow.nodes,
+        mpi=flow.step_starter,
     params:
         recipe=flow.recipe,
         code=flow.pretrain_code,

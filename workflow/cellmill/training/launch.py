@@ -1,7 +1,7 @@
 """How a training run starts: in this process, or in as many as its recipe asks for.
 
-Several ranks are started by torchrun (``torch.distributed.run``), one a machine, which SLURM's ``srun``
-starts where there are several. Each rank is this module with the job's file as its argument. Whatever ends one of them ends all:
+Several ranks are started by torchrun (``torch.distributed.run``), one a machine, which SLURM's ``srun`` starts where
+there are several. Each rank is this module with the job's file as its argument. Whatever ends one of them ends all:
 torchrun ends the other ranks when one fails, srun the other machines, and the kernel a process whose parent dies.
 """
 

@@ -1,0 +1,99 @@
+"""Training runs of several ranks on this machine, joined by gloo, without torchrun: children share torch's import."""
+
+import multiprocessing
+import os
+import signal
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from cellmill.shards.dataset import Shards
+from small_runs import RECIPES, train
+
+N_STEPS = 30
+PLAIN = {"dropout": 0.0, "n_layers": 2}
+"""Two layers, and no dropout, which is not the same with another number of ranks."""
+
+
+def start_ranks(context, world: int, function, *arguments) -> list:
+    """Processes that call ``function(*arguments)``, each as one rank of `world`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
+        variables = {name: str(value) for name, value in variables.items()} | {"MASTER_PORT": str(port)}
+        processes.append(context.Process(target=_as_rank, args=(variables, function, arguments)))
+        processes[-1].start()
+    return processes
+
+
+def _as_rank(variables: dict, function, arguments: tuple) -> None:
+    os.environ.update(variables)
+    function(*arguments)
+
+
+def server(*modules: str):
+    """A context whose children have imported torch and training already."""
+    context = multiprocessing.get_context("forkserver")
+    distributed = ["torch.distributed.fsdp", "torch.nn.parallel", "torch._dynamo"]
+    context.set_forkserver_preload([*distributed, "pandas", "cellmill.pretrain", *modules])
+    return context
+
+
+def train_ranks(shards: str, name: str, folder: str, world: int, options: dict, steps: int = N_STEPS) -> None:
+    """A run of `RECIPES` without dropout, as one of `world` ranks; each notes the cells of its steps in a file.
+
+    ``{folder}/cells-{rank}.txt`` has a line for every step that is begun: its number and the cells' joinids.
+    """
+    import cellmill.pretrain as module
+
+    RECIPES[name] = replace(RECIPES[name], sizes=RECIPES[name].sizes | PLAIN)
+    prepare, notes = module._Run.prepare, Path(folder) / f"cells-{os.environ.get('RANK', 0)}.txt"
+
+    def noting(run, step):
+        prepared = prepare(run, step)
+        with notes.open("a") as file:
+            file.write(f"{step} {' '.join(map(str, prepared.cells.joinids.tolist()))}\n")
+        return prepared
+
+    module._Run.prepare = noting
+    training = {"steps": steps, "micro_batch_tokens": 160, "ranks": world} | options
+    train(Shards(shards), name, Path(folder) / "out", Path(folder) / "state", **training)
+
+
+def cells_of_steps(folder: Path) -> dict[int, list[int]]:
+    """The joinids of the cells of every step, those of rank 0 first."""
+    cells = {}
+    for path in sorted(folder.glob("cells-*.txt")):
+        mine = {}
+        for line in path.read_text().splitlines():
+            step, *joinids = map(int, line.split())
+            assert mine.setdefault(step, joinids) == joinids  # a step that is done again is the same
+        for step, joinids in mine.items():
+            cells.setdefault(step, []).extend(joinids)
+    return cells
+
+
+def losses_of(folder: Path) -> dict[tuple, float]:
+    """All that the log holds of losses and gradients, by step, split and metric."""
+    rows = pq.read_table(folder / "out/log.parquet").to_pylist()
+    return {(row["step"], row["split"], row["metric"]): row["value"] for row in rows if row["split"] != "machine"}
+
+
+def ended(processes: list) -> list[int]:
+    """Wait for processes; their exit codes."""
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def kill(processes: list) -> bool:
+    """SIGKILL all that still run; whether any did."""
+    running = [process for process in processes if process.exitcode is None]
+    for process in running:
+        os.kill(process.pid, signal.SIGKILL)
+    ended(processes)
+    return bool(running)
