@@ -167,6 +167,8 @@ def training_log(seed: int) -> pa.Table:
         loss = 5 + 4.2 * np.exp(-step / 40)
         rows.append((step, "train", "loss", loss + 0.15 * rng.normal()))
         rows.append((step, "train", "learning_rate", 1e-3 * min(1, step / 20)))
+        rows.append((step, "machine", "mfu", 0.25 + 0.01 * rng.normal()))
+        rows.append((step, "machine", "cells_per_second", 2000 + 10 * rng.normal()))
         if step % 25 == 0 or step == 199:
             rows.append((step, "validation", "loss", loss + 0.1 + 0.02 * rng.normal()))
     frame = pd.DataFrame(rows, columns=["step", "split", "metric", "value"]).assign(seconds=1.0)

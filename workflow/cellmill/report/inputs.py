@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from cellmill.errors import CellmillError
 from cellmill.randomness import uniform
 from cellmill.report.charts import CATEGORIES, OTHER
+from cellmill.training.log import MACHINE
 
 UMAP_CELLS = 5000
 CURVE_POINTS = 400
@@ -50,10 +51,14 @@ def seed_of(name: str) -> int:
 
 
 def read_logs(paths: list[Path]) -> dict[str, pd.DataFrame]:
-    """Training logs by model: ``step, split, seed, metric, value``, each curve thinned to about `CURVE_POINTS`."""
+    """Training logs by model: ``step, split, seed, metric, value``, each curve thinned to about `CURVE_POINTS`.
+
+    What was measured of the machine is no curve of a model and left out.
+    """
     logs = {}
     for path in paths:
         log = read_table(path, ["step", "split", "metric", "value"]).assign(seed=seed_of(path.parent.name))
+        log = log[log["split"] != MACHINE]
         logs.setdefault(path.parent.parent.name, []).append(log)
     return {model: _thin(pd.concat(parts, ignore_index=True)) for model, parts in logs.items()}
 

@@ -9,7 +9,7 @@ import pyarrow.csv
 import yaml
 
 from cellmill import scores as score_table
-from cellmill.report import genes, inputs, sections, summary
+from cellmill.report import genes, inputs, sections, summary, training
 from cellmill.report.render import Figures, columns, write_page
 from cellmill.shards.dataset import Shards
 
@@ -90,6 +90,7 @@ def write_report(
         "seeds": sorted(table.column("seed").unique().to_pylist()),
         "losses": sections.losses(page, results),
         "curves": sections.curves(page, inputs.read_logs(logs), results),
+        "speeds": training.speeds(logs),
         "umaps": sections.umaps(page, embeddings, opened, config),
         "splits": sections.splits(page, opened),
         "quality": sections.qc(page, qc, plans, qc_cells),

@@ -15,12 +15,13 @@ from cellmill.checkpoints import build_model
 from cellmill.device import set_up_torch
 from cellmill.errors import CellmillError
 from cellmill.models.base import GeneStatistics, total_loss
+from cellmill.models.packing import Packing
 from cellmill.pretrain import accumulate_gradients
 from cellmill.progress import Progress
 from cellmill.recipes import ModelRecipe
 from cellmill.shards.dataset import Shards
 from cellmill.shards.loader import Loader
-from cellmill.training.micro_batches import packing, views
+from cellmill.training.micro_batches import views
 from cellmill.training.optimizer import make_optimizer
 from cellmill.training.parallel import Ranks, wrap
 from cellmill.training.precision import prepare_blocks
@@ -80,7 +81,7 @@ def find_rate(
     device, autocast = set_up_torch(training)
     model = build_model(recipe, shards.n_genes, statistics, seed).to(device).train()
     limit = MICRO_BATCH_TOKENS if training.micro_batch_tokens == "auto" else training.micro_batch_tokens
-    model.packing = packing(training, limit, compiled=False)
+    model.packing = Packing(training.packing)
     prepare_blocks(model, training, device)
     wrapped = wrap(model, training, Ranks())
     optimizer = make_optimizer(model, training)

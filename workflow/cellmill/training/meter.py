@@ -111,15 +111,15 @@ class Meter:
         self.device, self.ranks = device, ranks
         self.peak = device_peak(device, dtype)
         self._measures_gpu = device.type == "cuda"
-        self._stream_ends: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._last_end = None
+        self._peak_is_told = False
         self._start_window()
 
     def _start_window(self) -> None:
         self._began = time.monotonic()
         self._pauses = self._inside = 0.0
         self._cells = self._tokens = self._slots = self._flops = 0.0
-        self._stream_ends = []
+        self._stream_ends: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -168,7 +168,7 @@ class Meter:
             ``cells_per_second``, ``tokens_per_second`` (tokens through the body), ``padding_share`` (of slots, unused),
             ``waiting_share`` (of time, in which no step is computed: on the host's clock, on a GPU on its own),
             ``memory_mb`` (peak so far; the GPU's, or the process's), ``flops_per_second`` and ``mfu`` (of all devices).
-            What is not known is left out.
+            The first read also has ``peak_flops_per_second``, of one device. What is not known is left out.
         """
         seconds = max(time.monotonic() - self._began - self._pauses, 1e-9)
         waiting = self._waited(seconds)
@@ -186,6 +186,8 @@ class Meter:
             "flops_per_second": flops / seconds if flops else None,
             "mfu": flops / seconds / (self.peak * world) if self.peak and flops else None,
         }
+        if not self._peak_is_told:
+            values["peak_flops_per_second"], self._peak_is_told = self.peak, True
         self._start_window()
         return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
