@@ -4,12 +4,17 @@ import multiprocessing
 import os
 import signal
 import socket
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
+from cellmill.checkpoints import vocabulary_hash
+from cellmill.recipes import ModelRecipe
 from cellmill.shards.dataset import Shards
-from small_runs import RECIPES, train
+from cellmill.shards.statistics import compute_statistics, save_statistics
+from cellmill.vocabulary import SCHEMA
+from small_runs import META, RECIPES, train
 
 N_STEPS = 30
 PLAIN = {"dropout": 0.0, "n_layers": 2}
@@ -97,3 +102,44 @@ def kill(processes: list) -> bool:
         os.kill(process.pid, signal.SIGKILL)
     ended(processes)
     return bool(running)
+
+
+FAILING = '''"""A Geneformer of which one rank fails in its third step, in the way that FAILS names."""
+
+import os
+import signal
+
+from cellmill.errors import CellmillError
+from cellmill.models.geneformer import Geneformer
+
+
+class Failing(Geneformer):
+    def forward(self, inputs, *, step=None):
+        if step == 3 and os.environ.get("RANK") == "1":
+            if os.environ["FAILS"] == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if os.environ["FAILS"] == "refused":
+                raise CellmillError("these cells are not fit to be learned from; take others")
+        return super().forward(inputs, step=step)
+
+
+MODEL = Failing
+'''
+
+
+def make_job(folder: Path, shards: Shards, recipe: ModelRecipe) -> dict:
+    """A job of `cellmill.training.launch` with all that it reads, beside its results in `folder`."""
+    ids = META["feature_ids"]
+    genes = [dict.fromkeys(SCHEMA.names) | {"feature_id": feature_id} for feature_id in ids]
+    pq.write_table(pa.Table.from_pylist(genes, SCHEMA), folder / "vocabulary.parquet")
+    save_statistics(folder / "statistics.safetensors", compute_statistics(shards), vocabulary_hash(ids))
+    return {
+        "shards": str(shards.folder),
+        "statistics": str(folder / "statistics.safetensors"),
+        "vocabulary": str(folder / "vocabulary.parquet"),
+        "recipe": {key: value for key, value in asdict(recipe).items() if key not in ("embedding", "released")},
+        "name": "little",
+        "seed": 0,
+        "out": str(folder / "seed0"),
+        "code": "tests",
+    }
