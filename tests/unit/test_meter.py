@@ -9,7 +9,7 @@ from cellmill.models.base import total_loss
 from cellmill.models.packing import Packing
 from cellmill.shards.statistics import compute_statistics
 from cellmill.training import meter as meters
-from cellmill.training.meter import PEAKS, Meter, cpu_peak, gpu_peak, note
+from cellmill.training.meter import PEAKS, Meter, cpu_peak, gpu_peak, in_flops, note
 from small_runs import N_GENES, RECIPES, make_corpus
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -153,5 +153,9 @@ def test_the_cpu_reaches_its_peak_and_not_more():
     assert peak > 1e9
     meter = Meter(CPU, torch.float32)
     assert meter.peak == peak  # measured once a process
-    assert "6 N" in meter.explain() or "2 N a token" in meter.explain()
-    assert "TFLOP/s, measured" in meter.explain()
+    assert "2 N a token" in meter.explain()
+    assert "FLOP/s, measured" in meter.explain()
+    assert in_flops(32.54e9) == "32.5 GFLOP/s"
+    assert in_flops(989e12) == "989 TFLOP/s"
+    assert "peak_flops_per_second" in meter.read()
+    assert "peak_flops_per_second" not in meter.read()  # told once

@@ -7,7 +7,7 @@ import pandas as pd
 from cellmill.report.inputs import read_table, seed_of
 from cellmill.report.render import share
 from cellmill.training.log import MACHINE
-from cellmill.training.meter import FORMULA
+from cellmill.training.meter import FORMULA, in_flops
 
 COLUMNS = {
     "cells_per_second": ("cells/s", "{:,.0f}".format),
@@ -44,10 +44,10 @@ def speeds(paths: list[Path]) -> dict | None:
         means = rows[known].mean()
         cells = ["–" if pd.isna(means[metric]) else COLUMNS[metric][1](means[metric]) for metric in known]
         models.append({"model": model, "seeds": sorted(rows["seed"].tolist()), "cells": cells})
-    peaks = table["peak_flops_per_second"].dropna() if "peak_flops_per_second" in table else pd.Series(dtype=float)
+    peaks = table["peak_flops_per_second"].dropna() if "peak_flops_per_second" in table else []
     return {
         "columns": [COLUMNS[metric][0] for metric in known],
         "models": models,
         "formula": FORMULA,
-        "peaks": sorted({f"{peak / 1e12:.3g}" for peak in peaks}, key=float),
+        "peaks": list(dict.fromkeys(map(in_flops, (min(peaks), max(peaks))))) if len(peaks) else [],
     }

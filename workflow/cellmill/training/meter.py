@@ -209,7 +209,12 @@ class Meter:
         if self.peak is None:
             return "MFU is not given: this device's peak is not known to cellmill.training.meter.PEAKS"
         kind = "data sheet, bfloat16" if self._measures_gpu else "measured"
-        return f"{FORMULA} ({self.peak / 1e12:.3g} TFLOP/s, {kind})"
+        return f"{FORMULA} ({in_flops(self.peak)}, {kind})"
+
+
+def in_flops(peak: float) -> str:
+    """FLOP/s as people read them: 32.5 GFLOP/s, 989 TFLOP/s."""
+    return f"{peak / 1e9:.3g} GFLOP/s" if peak < 1e12 else f"{peak / 1e12:.4g} TFLOP/s"
 
 
 def note(values: dict[str, float]) -> str:
