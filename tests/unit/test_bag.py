@@ -13,6 +13,7 @@ from cellmill.views import bag as views
 from cellmill.views.ragged import hash_genes
 from model_cells import assert_cells_are_independent, make_batch, real_statistics, train
 from shard_cells import real_cells
+from torch.utils.flop_counter import FlopCounterMode
 
 N_GENES = 32_786
 TINY = Sizes(width=16, n_layers=2, hidden=24, bottleneck=8)
@@ -174,6 +175,33 @@ def test_the_contrast_by_hand(model, blood):
     half.load_state_dict(model.state_dict())
     torch.testing.assert_close(half(inputs)["contrast"].sum * 2, terms["contrast"].sum)
     assert list(Bag(replace(TINY, contrast_weight=0.0), N_GENES)(inputs)) == ["multinomial"]
+
+
+def test_what_the_engine_asks(model, blood):
+    """Counts as forward's, products by torch's own counter, usual batches in one micro batch."""
+    cells = blood.take(np.arange(5))
+    for step in (None, 0):
+        inputs = model.pretrain_inputs(cells, seed=0, step=step)
+        counts, terms = model.loss_counts(inputs, step=step), model(inputs, step=step)
+        assert {name: int(count) for name, count in counts.items()} == {n: int(t.count) for n, t in terms.items()}
+    with FlopCounterMode(display=False) as counter:
+        model.bottleneck(model.trunk(inputs))
+    assert model.body_flops(inputs, step=0) == counter.get_total_flops() > 0
+    with torch.device("meta"):
+        usual = Bag(Bag.presets["base"], 60_000)
+    assert usual.token_lengths(blood.slice(0, 256)).sum() <= 16_384
+
+
+def test_the_contrast_alone_depends_on_the_cut(model, blood):
+    """Two micro batches of two cells: the multinomial adds, the contrast names a cell among two instead of four."""
+    with torch.no_grad():
+        whole, *halves = (
+            model(model.pretrain_inputs(blood.take(rows), seed=0, step=0), step=0)
+            for rows in ([0, 1, 2, 3], [0, 1], [2, 3])
+        )
+    sums = {name: float(sum(half[name].sum for half in halves)) for name in whole}
+    assert sums["multinomial"] == pytest.approx(float(whole["multinomial"].sum), rel=1e-5)
+    assert sums["contrast"] < float(whole["contrast"].sum) - 1
 
 
 def test_the_state_is_the_weighted_sum(model, blood):

@@ -1,6 +1,7 @@
 """scMulan's objective on hand-computed sentences, its tasks, cache and poolings, and its independence of the batch."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 import yaml
 from cellmill.checkpoints import load_checkpoint, save_checkpoint
 from cellmill.errors import CellmillError
-from cellmill.models import resolve_sizes
+from cellmill.models import resolve_sizes, scmulan_objective
+from cellmill.models.attention import attention_backend
 from cellmill.models.base import parameter_counts, total_loss
 from cellmill.models.packing import PACKED, Packing
 from cellmill.models.scmulan import Scmulan, last_words, most_variable
@@ -19,6 +21,7 @@ from cellmill.views import scmulan as views
 from cellmill.views.ragged import offsets_of
 from model_cells import assert_cells_are_independent, make_batch, real_statistics, train
 from shard_cells import real_cells
+from torch.utils.flop_counter import FlopCounterMode
 
 N_GENES = 32_786
 SMALL = Scmulan.Sizes(n_layers=2, width=16, n_heads=2, max_length=64, n_model_genes=500)
@@ -383,6 +386,127 @@ def test_the_last_products_are_exact_in_bfloat16():
         for word in words
     )
     assert entity == pytest.approx(exact, rel=1e-5)
+
+
+# What the engine asks: packed cells, exact sums in blocks, counts
+
+
+def by_definition(model: Scmulan, inputs: dict) -> torch.Tensor:
+    """The objective by plain products, question by question, of the inputs of `questions`."""
+    h_ND, asked = model.encode(inputs), inputs["layout_asked"]
+    log_MT = model.entity_head(h_ND[inputs["asked"]]).log_softmax(1)
+    value_MT = model.value_head(h_ND[inputs["asked"]])
+    entity = value = 0.0
+    for start, end in zip(asked.starts, asked.ends, strict=True):
+        for question in range(start, end):
+            answers = torch.arange(question, end - 1) if question < end - 1 else torch.tensor([end - 1])
+            tokens, truth = inputs["next_tokens"][answers].long(), inputs["next_values"][answers]
+            share = inputs["shares"][question]
+            entity = entity - share * log_MT[question, tokens].mean()
+            value = value + share * (value_MT[question, tokens] - truth).square().mean()
+    return torch.stack([entity, value]) / inputs["n_asked"]
+
+
+@pytest.mark.parametrize(("block", "rows"), [(2**18, 256), (700, 7)])
+def test_sums_in_blocks_are_those_of_the_definition(model, blood, monkeypatch, block, rows):
+    """Real sentences, their losses and gradients; with blocks of a few values, too."""
+    monkeypatch.setitem(scmulan_objective.BLOCK, "cpu", block)
+    monkeypatch.setattr(scmulan_objective, "ROWS", rows)
+    inputs = model.pretrain_inputs(blood.take(np.arange(30)), seed=0, step=1)
+    assert set(inputs["task"].tolist()) == {views.GENERATE, views.ANNOTATE, views.DESCRIBE}
+    found = []
+    for in_blocks in (True, False):
+        model.zero_grad()
+        terms = model(inputs)
+        losses = torch.stack([t.sum / t.count for t in terms.values()]) if in_blocks else by_definition(model, inputs)
+        (losses * torch.tensor([1.0, 0.3])).sum().backward()
+        found.append((losses.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=0)
+    for name, gradient in found[1][1].items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(found[0][1][name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+
+
+def losses_gradients_embeddings(model: Scmulan, cells, packing: Packing) -> tuple:
+    model.packing = packing
+    model.zero_grad()
+    terms = model(model.pretrain_inputs(cells, seed=0, step=1))
+    total_loss(terms).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    with torch.inference_mode():
+        embeddings = [model.embed_cells(model.embed_inputs(cells), pooling) for pooling in model.poolings]
+        imputed = model.impute(model.impute_inputs(cells, np.tile(np.arange(9), (len(cells), 1))))
+        states = model.gene_states(model.embed_inputs(cells)).states_ND
+    losses = {name: (term.sum.detach(), term.count) for name, term in terms.items()}
+    return losses, gradients, [*embeddings, *imputed, states]
+
+
+@pytest.mark.parametrize("packing", [Packing("padded"), Packing("packed", grain=256)])
+@pytest.mark.parametrize("backend", [None, "reference", "padded"])
+def test_layouts_and_attentions_are_the_same(model, blood, packing, backend):
+    cells = blood.take([0, 3, 7, 20, 41])
+    plain = losses_gradients_embeddings(model, cells, PACKED)
+    with attention_backend(backend) if backend else nullcontext():
+        other = losses_gradients_embeddings(model, cells, packing)
+    torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_an_empty_cell_beside_others(model):
+    """It has no genes and no known words: of it only <E> could be asked, and nothing stands in front of that."""
+    cells = replace(make_batch([{3: 1, 9: 4}, {}, {7: 2}]), codes={"sex": np.array([0, -1, 1])})
+    inputs = model.pretrain_inputs(cells, seed=0, step=0)
+    assert inputs["layout"].lengths[1] == inputs["layout_asked"].lengths[1] == 0
+    terms = model(inputs)
+    total_loss(terms).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    nothing = model.pretrain_inputs(cells.take([1]), seed=0, step=0)
+    assert [t.sum.item() for t in model(nothing).values()] == [0, 0]
+    with torch.no_grad():
+        alone = [model(model.pretrain_inputs(cells.take([row]), seed=0, step=0)) for row in range(3)]
+    for name, term in terms.items():
+        assert float(term.sum) == pytest.approx(sum(float(one[name].sum) for one in alone), rel=1e-5)
+    assert model(model.pretrain_inputs(cells.take([]), seed=0, step=0))["entity"].count == 0
+
+
+def test_counts_lengths_and_operations(model, blood):
+    """Counts as forward's, lengths of which some cell needs all, operations by torch's own counter."""
+    cells = blood.take(np.arange(60))
+    longest_B = np.zeros(60, np.int64)
+    for step in range(12):
+        inputs = model.pretrain_inputs(cells, seed=0, step=step)
+        longest_B = np.maximum(longest_B, inputs["layout"].lengths)
+    allowed_B = model.token_lengths(cells)
+    assert (longest_B <= allowed_B).all()
+    assert (longest_B == allowed_B).mean() > 0.5
+    counts, terms = model.loss_counts(inputs), model(inputs)
+    assert {name: float(count) for name, count in counts.items()} == {n: float(t.count) for n, t in terms.items()}
+    with FlopCounterMode(display=False) as counter, attention_backend("reference"), torch.no_grad():
+        model.encode(inputs, inputs["asked"], inputs["layout_asked"])
+    lengths, asked = inputs["layout"].lengths, inputs["layout_asked"].lengths
+    hidden = (lengths * (lengths - 1) // 2).sum() * (SMALL.n_layers - 1) + (asked * (asked - 1) // 2).sum()
+    assert model.body_flops(inputs) + 4 * SMALL.width * hidden == counter.get_total_flops()
+
+
+def test_training_in_bfloat16_follows_float32(statistics, blood):
+    """The stream between layers is bfloat16 then; 100 steps on real cells, the losses of each compared."""
+    cells, followed = blood.take(np.arange(200)), {}
+    for precision in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = Scmulan(replace(SMALL, width=32), N_GENES, statistics, CATEGORIES)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        losses = []
+        for step in range(100):
+            batch = cells.take((4 * step + np.arange(4)) % 200)
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+                loss = total_loss(model(model.pretrain_inputs(batch, seed=0, step=step), step=step))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0] - 1
+        followed[precision] = np.array(losses)
+    difference = np.abs(followed[torch.bfloat16] / followed[torch.float32] - 1)
+    assert 0 < difference.mean() < 0.01
 
 
 def test_most_variable_genes(blood, statistics):

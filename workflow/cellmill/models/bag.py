@@ -7,8 +7,10 @@ as one multinomial distribution over all genes (as in scVI's relatives and topic
 
 Two terms are trained. ``multinomial``: the whole cell's counts, from what is left of a thinned cell with hidden genes.
 ``contrast``: two such views of one cell find each other among those of the batch by the cosine of their bottlenecks
-(InfoNCE; van den Oord et al., arXiv:1807.03748). It depends on the other cells of the (micro) batch, so it is a matter
-of training alone: validation, where a cell's loss must not depend on its batch, has the multinomial term only.
+(InfoNCE; van den Oord et al., arXiv:1807.03748). It depends on the other cells of the forward pass, so it is a matter
+of training alone: validation, where a cell's loss must not depend on its batch, has the multinomial term only. So does
+it depend on how a step's cells are cut into micro batches and ranks, as no other term of any architecture does: a cell
+is told from those of its own micro batch. `Bag.token_lengths` is small, so that a usual batch is not cut.
 
 Legend: B cells, R views of them (2 B in training, else B), D width, Z width of the bottleneck, V genes, M visible genes
 of all views, N nonzeros of all cells, Q genes asked for.
@@ -31,6 +33,8 @@ from cellmill.views.ragged import spread, sum_within
 UNSEEN_CP10K = 1e-3
 """Added to a gene's mean CP10k where the output starts, so that an unseen gene has a logarithm."""
 OUTPUT_STD = 0.02
+TOKEN_LOGITS = 4096
+"""Logits that count as one token of a micro batch: about what a token takes in a transformer of size tiny."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +106,13 @@ class Bag(CellModel):
             mean_V = torch.nan_to_num(statistics.mean_log1p_cp10k, nan=0.0).expm1()
             self.output_bias.data = (mean_V + UNSEEN_CP10K).log().float()
 
+    def token_lengths(self, cells: CellBatch) -> np.ndarray:
+        """int64 [B], the same for all cells: memory follows the logits of a cell's two views, not its genes.
+
+        At the usual 16,384 tokens a micro batch holds 1,638 cells of 20,000 genes.
+        """
+        return np.full(len(cells), 2 * -(-self.n_genes // TOKEN_LOGITS))
+
     def pretrain_inputs(self, cells: CellBatch, *, seed: int, step: int | None) -> Inputs:
         """Two thinned views of each cell, all first ones in front (in validation one), and the counts to predict.
 
@@ -150,26 +161,42 @@ class Bag(CellModel):
         """`multinomial`: nats per count of the whole cell, each view alike; in training `contrast`, weighted."""
         z_RZ = self.bottleneck(self.trunk(inputs))
         logits_RV = self._logits(z_RZ)
+        counts = self.loss_counts(inputs, step=step)
         n_cells = len(inputs["filled"])
         n_views = len(z_RZ) // max(n_cells, 1)
         norm = (logits_RV.logsumexp(1).view(n_views, n_cells) * inputs["filled"]).sum()
         picked = (
             logits_RV.view(n_views, n_cells * self.n_genes).index_select(1, inputs["targets"]) * inputs["shares"]
         ).sum()
-        terms = {"multinomial": LossTerm(norm - picked, n_views * inputs["filled"].sum())}
-        if n_views == 2 and self.sizes.contrast_weight > 0:
-            terms["contrast"] = self._contrast(z_RZ.float())
+        terms = {"multinomial": LossTerm(norm - picked, counts["multinomial"])}
+        if "contrast" in counts:
+            terms["contrast"] = LossTerm(self._contrast(z_RZ.float()), counts["contrast"])
         return terms
 
-    def _contrast(self, z_RZ: Tensor) -> LossTerm:
-        """Each view names the other view of its cell among those of all cells (nats), in both directions."""
+    def loss_counts(self, inputs: Inputs, *, step: int | None = None) -> dict[str, Tensor]:
+        """`multinomial`: views of cells that have counts; `contrast`: views."""
+        filled_B, n_all = inputs["filled"], len(inputs["starts"])
+        n_views = n_all // max(len(filled_B), 1)
+        counts = {"multinomial": n_views * filled_B.sum()}
+        if n_views == 2 and self.sizes.contrast_weight > 0:
+            counts["contrast"] = torch.full((), n_all, device=filled_B.device)
+        return counts
+
+    def body_flops(self, inputs: Inputs, *, step: int | None = None) -> float:
+        """See `CellModel.body_flops`: the MLP and the bottleneck, which a view passes as one token."""
+        sizes = self.sizes
+        weights = sizes.width * (2 * sizes.hidden * sizes.n_layers + sizes.bottleneck)
+        return 2.0 * weights * len(inputs["starts"])
+
+    def _contrast(self, z_RZ: Tensor) -> Tensor:
+        """Each view names the other view of its cell among those of all cells (nats), in both directions: weighted."""
         one_BZ, other_BZ = F.normalize(z_RZ, dim=1).chunk(2)
         logits_BB = one_BZ @ other_BZ.T / self.sizes.temperature
         own_B = torch.arange(len(logits_BB), device=logits_BB.device)
         total = F.cross_entropy(logits_BB, own_B, reduction="sum") + F.cross_entropy(
             logits_BB.T, own_B, reduction="sum"
         )
-        return LossTerm(self.sizes.contrast_weight * total, torch.full((), len(z_RZ), device=total.device))
+        return self.sizes.contrast_weight * total
 
     def embed_cells(self, inputs: Inputs, pooling: str | None = None) -> Tensor:
         """[B, D], the state of the bag ("state") or after the MLP ("trunk"), or [B, Z], the bottleneck."""
