@@ -51,12 +51,12 @@ def server(*modules: str):
 def train_ranks(shards: str, name: str, folder: str, world: int, options: dict, steps: int = N_STEPS) -> None:
     """A run of `RECIPES` without dropout, as one of `world` ranks; each notes the cells of its steps in a file.
 
-    ``{folder}/cells-{rank}.txt`` has a line for every step that is begun: its number and the cells' joinids.
+    ``{folder}/cells-{rank}-of-{world}.txt`` has a line for every step that is begun: its number and the joinids.
     """
     import cellmill.pretrain as module
 
     RECIPES[name] = replace(RECIPES[name], sizes=RECIPES[name].sizes | PLAIN)
-    prepare, notes = module._Run.prepare, Path(folder) / f"cells-{os.environ.get('RANK', 0)}.txt"
+    prepare, notes = module._Run.prepare, Path(folder) / f"cells-{os.environ['RANK']}-of-{world}.txt"
 
     def noting(run, step):
         prepared = prepare(run, step)
@@ -70,16 +70,24 @@ def train_ranks(shards: str, name: str, folder: str, world: int, options: dict, 
 
 
 def cells_of_steps(folder: Path) -> dict[int, list[int]]:
-    """The joinids of the cells of every step, those of rank 0 first."""
+    """The joinids of the cells of every step, those of rank 0 first; the same whoever worked on it, and how often."""
     cells = {}
-    for path in sorted(folder.glob("cells-*.txt")):
-        mine = {}
-        for line in path.read_text().splitlines():
-            step, *joinids = map(int, line.split())
-            assert mine.setdefault(step, joinids) == joinids  # a step that is done again is the same
-        for step, joinids in mine.items():
-            cells.setdefault(step, []).extend(joinids)
+    for first in sorted(folder.glob("cells-0-of-*.txt")):
+        world = int(first.stem.rpartition("-")[2])
+        of_ranks = [_noted(folder / f"cells-{rank}-of-{world}.txt") for rank in range(world)]
+        for step in set.intersection(*(set(noted) for noted in of_ranks)):
+            joinids = [joinid for noted in of_ranks for joinid in noted[step]]
+            assert cells.setdefault(step, joinids) == joinids
     return cells
+
+
+def _noted(path: Path) -> dict[int, list[int]]:
+    """What one rank noted: the joinids of each step."""
+    noted = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        step, *joinids = map(int, line.split())
+        assert noted.setdefault(step, joinids) == joinids  # a step that is done again is the same
+    return noted
 
 
 def losses_of(folder: Path) -> dict[tuple, float]:
