@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cellmill.errors import CellmillError
-from cellmill.models.attention_padded import attend
+from cellmill.models.attention import attend
 from cellmill.models.base import parameter_counts, total_loss
-from cellmill.models.scfoundation import Scfoundation, draw_projection, mask_probability, performer
+from cellmill.models.packing import Layout, Packing, uniform
+from cellmill.models.performer import draw_projection, performer
+from cellmill.models.scfoundation import Scfoundation, mask_probability
 from cellmill.shards.batch import CellBatch
 from cellmill.views import scfoundation as views
 from cellmill.views.ragged import log1p_cp10k
@@ -47,6 +49,16 @@ def lively(model: Scfoundation) -> Scfoundation:
     return model
 
 
+def cells_of(inputs: dict, name: str, layout: str = "layout") -> list[list]:
+    """An input's values, a list for each cell."""
+    layout = inputs[layout]
+    return [inputs[name][start:end].tolist() for start, end in zip(layout.starts, layout.ends, strict=True)]
+
+
+def asked_of(inputs: dict, name: str = "asked") -> list[list]:
+    return cells_of(inputs, name, "layout_asked")
+
+
 def test_published_parameter_count():
     with torch.device("meta"):
         model = Scfoundation(Scfoundation.presets["published"], Scfoundation.published_genes["published"])
@@ -70,33 +82,33 @@ def test_inputs_by_hand():
     model = Scfoundation(TINY, 6)
     cells = make_batch([{1: 10, 4: 90}, {}], totals=[1000, 0])
     inputs = model.embed_inputs(cells)
-    assert inputs["tokens"][:, :2].tolist() == [[6, 7], [6, 7]]  # T, S
-    assert sorted(inputs["tokens"][0, 2:].tolist()) == [1, 4]
-    assert inputs["tokens"][1, 2:].tolist() == [model.pad] * 2
-    shown = dict(zip(inputs["tokens"][0].tolist(), inputs["values"][0].tolist(), strict=True))
+    tokens, values = cells_of(inputs, "tokens"), cells_of(inputs, "values")
+    assert tokens[0][:2] == tokens[1] == [6, 7]  # T, S
+    assert sorted(tokens[0][2:]) == [1, 4]
+    shown = dict(zip(tokens[0], values[0], strict=True))
     assert shown == pytest.approx({6: 3, 7: 3, 1: np.log(101), 4: np.log(901)})
-    assert inputs["values"][1].tolist() == [0, 0, 0, 0]
-    assert inputs["asked"].tolist() == [[1, 4], [model.pad] * 2]
+    assert values[1] == [0, 0]
+    assert asked_of(inputs) == [[1, 4], []]
     assert len(inputs["unread"]) == 0
-    deeper = model.embed_inputs(cells, np.array([10**5, 1]))
-    assert deeper["values"][:, :2].tolist() == [[5, 3], [0, 0]]
+    deeper = cells_of(model.embed_inputs(cells, np.array([10**5, 1])), "values")
+    assert [cell[:2] for cell in deeper] == [[5, 3], [0, 0]]
 
 
 def test_a_long_cell_is_read_in_part_and_seen_whole():
     model = Scfoundation(replace(TINY, max_length=4), 6)
     cells = make_batch([{0: 1, 2: 2, 3: 3, 5: 4}, {1: 1}], totals=[100, 100])
     inputs = model.embed_inputs(cells)
-    read = inputs["tokens"][0].tolist()
+    read, other = cells_of(inputs, "tokens")
     assert read[:2] == [6, 7]
     assert len(read) == 4
-    assert inputs["tokens"][1].tolist() == [6, 7, 1, model.pad]
+    assert other == [6, 7, 1]
     places = inputs["unread"].tolist()
     assert set(places) | set(read[2:]) == {0, 2, 3, 5}  # the first cell's rows are its genes
     values = {0: 1, 2: 2, 3: 3, 5: 4}
     expected = [np.log1p(100 * values[gene]) for gene in places]
     assert inputs["unread_values"].tolist() == pytest.approx(expected)
     chosen = {
-        tuple(sorted(model.pretrain_inputs(cells, seed=0, step=step)["tokens"][0, 2:].tolist())) for step in range(60)
+        tuple(sorted(cells_of(model.pretrain_inputs(cells, seed=0, step=step), "tokens")[0][2:])) for step in range(60)
     }
     assert len(chosen) > 5
 
@@ -105,13 +117,14 @@ def test_pretrain_inputs_are_the_views(model, blood):
     cells = blood.take(np.arange(12))
     inputs = model.pretrain_inputs(cells, seed=0, step=3)
     encoded, nonzeros, zeros = views.pretrain(cells, n_genes=N_GENES, seed=0, step=3)
+    tokens, values = cells_of(inputs, "tokens"), cells_of(inputs, "values")
+    columns_of = [asked_of(inputs, name) for name in ("asked", "hidden", "targets")]
     for row in range(12):
         span = slice(*encoded.genes.offsets[row : row + 2])
         expected = dict(zip(encoded.genes.genes[span].tolist(), encoded.values[span].tolist(), strict=True))
-        read = inputs["tokens"][row] != model.pad
-        shown = dict(zip(inputs["tokens"][row][read].tolist(), inputs["values"][row][read].tolist(), strict=True))
-        mine = inputs["unread"] // (N_GENES + 3) == row
-        rest = inputs["unread"][mine] % (N_GENES + 3)
+        shown = dict(zip(tokens[row], values[row], strict=True))
+        mine = inputs["unread"] // (N_GENES + 2) == row
+        rest = inputs["unread"][mine] % (N_GENES + 2)
         assert shown | dict(zip(rest.tolist(), inputs["unread_values"][mine].tolist(), strict=True)) == expected
         assert len(shown) + len(rest) == len(expected)
         masked = {}
@@ -121,8 +134,7 @@ def test_pretrain_inputs_are_the_views(model, blood):
             masked |= {
                 gene: (hidden, target) for gene, hidden, target in zip(*map(np.ndarray.tolist, columns), strict=True)
             }
-        valid = inputs["asked"][row] != model.pad
-        columns = (inputs[name][row][valid].tolist() for name in ("asked", "hidden", "targets"))
+        columns = (column[row] for column in columns_of)
         assert {gene: (hidden, target) for gene, hidden, target in zip(*columns, strict=True)} == masked
 
 
@@ -136,12 +148,11 @@ def test_masking_rates_over_ten_thousand_cells(blood):
     for start in range(0, 10_000, 500):
         part = cells.slice(start, start + 500)
         inputs = model.pretrain_inputs(part, seed=0, step=7)
-        valid = inputs["asked"] != model.pad
-        n_masked += valid.sum().item()
+        n_masked += len(inputs["asked"])
         n_hidden += inputs["hidden"].sum().item()
         n_nonzeros += (inputs["targets"] > 0).sum().item()
         expected_nonzeros += mask_probability(part).sum()
-        depth = inputs["values"][:, :2].numpy()
+        depth = inputs["values"].numpy()[inputs["layout"].starts[:, None] + np.arange(2)]
         assert depth[:, 0] == pytest.approx(np.log10(part.totals), rel=1e-6)
         assert (depth[:, 1] <= depth[:, 0]).all()
         deep = part.totals >= views.MIN_COUNTS
@@ -164,10 +175,10 @@ def test_mask_probability_by_hand():
 def test_released_depth_tokens(model):
     """A depth of one count has the value 0: ours is read nevertheless."""
     cells = make_batch([{3: 1}, {2: 4, 5: 6}], totals=[1, 10])
-    assert model.embed_inputs(cells)["tokens"].tolist()[0] == [N_GENES, N_GENES + 1, 3, model.pad]
+    assert cells_of(model.embed_inputs(cells), "tokens")[0] == [N_GENES, N_GENES + 1, 3]
     released = Scfoundation(replace(TINY, released_depth_tokens=True), N_GENES)
     released.load_state_dict(model.state_dict())
-    assert released.embed_inputs(cells, np.array([100, 10]))["tokens"].tolist()[0] == [3, N_GENES, model.pad, model.pad]
+    assert cells_of(released.embed_inputs(cells, np.array([100, 10])), "tokens")[0] == [3, N_GENES]
     with pytest.raises(CellmillError, match="released_depth_tokens: a cell of at most one count"):
         released.embed_inputs(cells)
     deep = cells.take([1])
@@ -192,20 +203,19 @@ def test_decoder_by_the_long_way(model, blood):
     cells = blood.take([np.argmin(blood.lengths)])
     inputs = model.pretrain_inputs(cells, seed=0, step=0)
     with torch.no_grad():
-        states = model.encode(inputs)[0]
         x_PD = model.value_embedding(torch.zeros(N_GENES + 2)).clone()
-        x_PD[inputs["tokens"][0]] = states
+        x_PD[inputs["tokens"]] = model.encode(inputs)
         x_PD[inputs["unread"]] = model.value_embedding(inputs["unread_values"])
         x_PD[inputs["asked"][inputs["hidden"]]] = model.value_embedding.mask.weight[0]
-        x_BPC = model.to_decoder(x_PD + model.gene_embedding.weight[: N_GENES + 2]).unsqueeze(0)
+        x_PC = model.to_decoder(x_PD + model.gene_embedding.weight[: N_GENES + 2])
         for layer in model.decoder:
-            x_BPC = layer(x_BPC)
-        predicted = model.head(model.final_norm(model.decoder_norm(x_BPC)))[0, :, 0]
-        asked = inputs["asked"][0]
-        mine = model.predict(inputs, inputs["asked"], inputs["hidden"])[0]
+            x_PC = layer(x_PC, uniform(1, N_GENES + 2))
+        predicted = model.head(model.final_norm(model.decoder_norm(x_PC)))[:, 0]
+        asked = inputs["asked"]
+        mine = model.predict(inputs, inputs["hidden"])
         torch.testing.assert_close(mine, predicted[asked], atol=1e-5, rtol=1e-5)
         term = model(inputs)["mse"]
-        torch.testing.assert_close(term.sum, (predicted[asked] - inputs["targets"][0]).square().sum())
+        torch.testing.assert_close(term.sum, (predicted[asked] - inputs["targets"]).square().sum())
         assert term.count == len(asked)
 
 
@@ -218,9 +228,10 @@ def test_hidden_genes_are_not_seen_in_training(blood):
     cells = blood.take(np.flatnonzero(blood.lengths > 0)[:40])
     cells = CellBatch(cells.joinids, cells.offsets, cells.genes, cells.counts, np.minimum(cells.totals, 999))
     inputs = model.pretrain_inputs(cells, seed=0, step=3)
-    rows, columns = inputs["hidden"].nonzero(as_tuple=True)
-    hidden_BV = np.zeros((len(cells), N_GENES + 3), bool)
-    hidden_BV[rows, inputs["asked"][rows, columns]] = True
+    row_Q, asked_Q = inputs["layout_asked"].rows_N, inputs["asked"]
+    hidden_BV, asked_BV = (np.zeros((len(cells), N_GENES + 2), bool) for _ in range(2))
+    asked_BV[row_Q, asked_Q] = True
+    hidden_BV[row_Q[inputs["hidden"]], asked_Q[inputs["hidden"]]] = True
     hidden_N = hidden_BV[cells.cell_of, cells.genes]
     assert hidden_N.sum() > 1000
     counts = np.where(hidden_N, cells.counts + 7, cells.counts)
@@ -231,16 +242,14 @@ def test_hidden_genes_are_not_seen_in_training(blood):
         assert torch.equal(inputs[name], other[name]), name
     assert not torch.equal(inputs["targets"], other["targets"])
 
-    asked_BV = np.zeros_like(hidden_BV)
-    rows, columns = (inputs["asked"] != model.pad).nonzero(as_tuple=True)
-    asked_BV[rows, inputs["asked"][rows, columns]] = True
     own_BV = np.zeros(hidden_BV.shape, np.float32)
     own_BV[cells.cell_of, cells.genes] = log1p_cp10k(cells)
-    tokens_BE = inputs["tokens"].numpy()
-    row_E, column_E = np.nonzero((tokens_BE != model.pad) & (np.arange(tokens_BE.shape[1]) >= 2))
-    row_U, token_U = np.divmod(inputs["unread"].numpy(), N_GENES + 3)
-    rows, genes = np.concatenate([row_E, row_U]), np.concatenate([tokens_BE[row_E, column_E], token_U])
-    one, two = (np.concatenate([x["values"].numpy()[row_E, column_E], x["unread_values"]]) for x in (inputs, other))
+    layout = inputs["layout"]
+    gene_E = (layout.places_N >= 2).numpy()
+    row_U, token_U = np.divmod(inputs["unread"].numpy(), N_GENES + 2)
+    rows = np.concatenate([layout.rows_N.numpy()[gene_E], row_U])
+    genes = np.concatenate([inputs["tokens"].numpy()[gene_E], token_U])
+    one, two = (np.concatenate([x["values"].numpy()[gene_E], x["unread_values"]]) for x in (inputs, other))
     masked = asked_BV[rows, genes]
     assert not hidden_BV[rows, genes].any()
     np.testing.assert_allclose(one[~masked], own_BV[rows, genes][~masked], rtol=1e-6)
@@ -248,7 +257,7 @@ def test_hidden_genes_are_not_seen_in_training(blood):
     # of the masked genes that are shown, one half are left as they are, and their counts are the same
     changed = (one != two)[masked]
     assert 0 < changed.sum() < 0.5 * masked.sum()
-    assert torch.equal(inputs["values"][:, :2], other["values"][:, :2])
+    assert torch.equal(inputs["values"][~gene_E], other["values"][~gene_E])
 
 
 def test_genes_asked_for_are_not_seen(model, blood):
@@ -270,14 +279,50 @@ def test_genes_asked_for_are_not_seen(model, blood):
 
 def test_random_features_approach_exact_attention():
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 2, 50, 8) * 0.7 for _ in range(3))
-    exact = attend(q, k, v)
+    q, k, v = (torch.randn(100, 2, 8) * 0.7 for _ in range(3))
+    exact = attend(q, k, v, uniform(2, 50))
     errors = []
     for n_features in (16, 256, 4096):
-        out = torch.stack([performer(q, k, v, draw_projection(n_features, 8, draw)) for draw in range(4)])
-        errors.append((out - exact).square().mean().sqrt().item())
+        out = [performer(q, k, v, draw_projection(n_features, 8, i), uniform(2, 50), uniform(2, 50)) for i in range(4)]
+        errors.append((torch.stack(out) - exact).square().mean().sqrt().item())
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
     assert errors[2] < 0.2 * exact.std().item()
+
+
+def plain_performer(q_LHK, k_PHK, v_PHK, projection_FK) -> torch.Tensor:
+    """One cell, all features at once, differentiated by torch."""
+    q_HLK, k_HPK, v_HPK = (x.transpose(0, 1) for x in (q_LHK, k_PHK, v_PHK))
+    scale = q_HLK.shape[2] ** -0.25
+
+    def features(x, over):
+        product = x @ (projection_FK.T * scale)
+        norm = x.square().sum(2, keepdim=True) * (scale**2 / 2)
+        return torch.exp(product - norm - product.detach().amax(over, keepdim=True)) + 1e-4
+
+    weights_HLP = features(q_HLK, (2,)) @ features(k_HPK, (0, 1, 2)).mT
+    return (weights_HLP / weights_HLP.sum(2, keepdim=True) @ v_HPK).transpose(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("packing", [Packing(), Packing("padded"), Packing(grain=64)])
+def test_performer_piece_by_piece_equals_all_at_once(packing, monkeypatch):
+    """In float64's stead: values and gradients of cells of many lengths, in pieces that cut them unevenly."""
+    monkeypatch.setattr("cellmill.models.performer.ON_CPU", 7 * 2 * 20)
+    torch.manual_seed(0)
+    queries, keys = (packing.layout(np.array(lengths)) for lengths in ([5, 0, 17, 1], [40, 3, 9, 1]))
+    projection = draw_projection(20, 8, 0)
+    q, k, v = (torch.randn(layout.n_slots, 2, 8, requires_grad=True) for layout in (queries, keys, keys))
+    out = performer(q, k, v, projection, queries, keys)
+    assert (out[~queries.used_N] == 0).all()
+    expected = [
+        plain_performer(q[q0:q1], k[k0:k1], v[k0:k1], projection)
+        for q0, q1, k0, k1 in zip(queries.starts, queries.ends, keys.starts, keys.ends, strict=True)
+    ]
+    expected, out = torch.cat(expected), out[queries.used_N]
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    direction = torch.randn_like(out)
+    gradients = [torch.autograd.grad((x * direction).sum(), (q, k, v)) for x in (out, expected)]
+    for mine, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, plain, atol=1e-5, rtol=1e-4)
 
 
 def test_performer_and_dense_decoder_agree_with_many_features(blood):
@@ -419,12 +464,12 @@ def test_micro_batches_give_the_gradient_of_the_batch(blood):
 def test_poolings(model, blood):
     inputs = model.embed_inputs(blood.take(np.argsort(blood.lengths)[:3]))
     with torch.no_grad():
-        states = model.encode(inputs)
+        states, layout = model.encode(inputs), inputs["layout"]
         every = model.embed_cells(inputs)
         parts = {name: model.embed_cells(inputs, name) for name in model.poolings}
     assert every.shape == (3, 64)
     for row in range(3):
-        valid = states[row][inputs["tokens"][row] != model.pad]
+        valid = states[layout.starts[row] : layout.ends[row]]
         expected = [valid[1], valid[0], valid[2:].amax(0), valid[2:].mean(0)]
         torch.testing.assert_close(every[row], torch.cat(expected))
         torch.testing.assert_close(parts["max"][row], valid.amax(0))
@@ -460,7 +505,9 @@ def test_trivial_baseline_by_hand():
     values = np.log1p(np.array([500, 1000, 250]))
     expected = [(values[0] + values[2]) / 2, 0.3 * values[1] / 0.33, 0]
     assert trivial.tolist() == pytest.approx(expected, rel=1e-6)
-    inputs = {"asked": torch.tensor([[0, 2], [1, model.pad]]), "targets": torch.tensor([[1.0, 2.0], [3.0, 0.0]])}
+    asked, targets = torch.tensor([0, 2, 1, 0]), torch.tensor([1.0, 2.0, 3.0, 9.0])
+    layout = Layout(np.array([2, 1]), np.array([0, 2]), 4)
+    inputs = {"asked": asked, "targets": targets, "layout_asked": layout}
     term = model.trivial_losses(inputs, trivial)["mse"]
     assert term.count == 3
     assert term.sum.item() == pytest.approx((expected[0] - 1) ** 2 + 4 + (expected[1] - 3) ** 2, rel=1e-5)
@@ -474,8 +521,8 @@ def test_trivial_baseline_is_the_best_constant_of_each_gene(blood):
     sums, counts = torch.zeros(N_GENES + 3), torch.zeros(N_GENES + 3)
     for step in range(40):
         inputs = model.pretrain_inputs(cells, seed=0, step=step)
-        sums.index_add_(0, inputs["asked"].flatten(), inputs["targets"].flatten())
-        counts.index_add_(0, inputs["asked"].flatten(), torch.ones(inputs["asked"].numel()))
+        sums.index_add_(0, inputs["asked"], inputs["targets"])
+        counts.index_add_(0, inputs["asked"], torch.ones(len(inputs["asked"])))
     often = counts[:N_GENES] > 2000
     assert often.sum() > 10
     means = (sums / counts.clamp(min=1))[:N_GENES][often]
@@ -501,11 +548,15 @@ def test_embeddings_may_be_asked_at_one_depth(model, blood):
     deep.load_state_dict(model.state_dict())
     own = np.log10(cells.totals)
     inputs = deep.embed_inputs(cells)
-    assert inputs["values"][:, 0].tolist() == [4] * 6
-    assert inputs["values"][:, 1].tolist() == pytest.approx(own)
-    assert model.embed_inputs(cells)["values"][:, 0].tolist() == pytest.approx(own)
-    assert deep.embed_inputs(cells, np.full(6, 100))["values"][:, 0].tolist() == [2] * 6
-    assert deep.impute_inputs(cells, np.zeros((6, 1)))["values"][:, 0].tolist() == pytest.approx(own)
+
+    def depths(inputs, place=0):
+        return inputs["values"][inputs["layout"].starts_B + place].tolist()
+
+    assert depths(inputs) == [4] * 6
+    assert depths(inputs, 1) == pytest.approx(own)
+    assert depths(model.embed_inputs(cells)) == pytest.approx(own)
+    assert depths(deep.embed_inputs(cells, np.full(6, 100))) == [2] * 6
+    assert depths(deep.impute_inputs(cells, np.zeros((6, 1)))) == pytest.approx(own)
     with torch.no_grad():
         moved = deep.embed_cells(inputs) - model.embed_cells(model.embed_inputs(cells))
     assert moved.abs().max() > 1e-3

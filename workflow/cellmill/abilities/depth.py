@@ -109,10 +109,11 @@ def enhance(
     with torch.inference_mode(), Progress("read depth", len(cells), show=progress) as bar:
         for start in range(0, len(cells), batch_size):
             stop = min(start + batch_size, len(cells))
-            inputs = to_device(model.embed_inputs(cells.slice(start, stop), target_B[start:stop]), device)
-            asked_BG = torch.from_numpy(genes_G).to(device).expand(stop - start, -1)
-            shown_BG = torch.zeros(asked_BG.shape, dtype=torch.bool, device=device)
-            values_BG[start:stop] = model.predict(inputs, asked_BG, shown_BG).cpu().numpy()
+            inputs = model.embed_inputs(cells.slice(start, stop), target_B[start:stop])
+            inputs |= model.asked_inputs(np.tile(genes_G, (stop - start, 1)))
+            inputs = to_device(inputs, device)
+            values = model.predict(inputs, torch.zeros_like(inputs["asked"], dtype=torch.bool))
+            values_BG[start:stop] = values.view(stop - start, -1).cpu().numpy()
             bar.update(stop)
     model.train(was_training)
     return values_BG

@@ -11,14 +11,16 @@ the squared error at the masked positions, zeros and nonzeros, against the cell 
 
 Token ids: gene g is g; then T is V, S is V + 1, padding V + 2.
 
-Legend: B cells, E tokens that the encoder reads, U tokens of all cells that it does not, D width of the encoder, C of
-the decoder, V genes, P = V + 2 positions of the decoder, R rows that are written over, Q asked positions, H heads,
-K width of a head, F random features, N nonzeros of all cells.
+Legend: B cells, E tokens that the encoder reads, U tokens that it does not, D width of the encoder, C of the decoder,
+V genes, P = V + 2 positions of the decoder, S = B P of all cells, R rows that are written over, Q asked positions, N
+nonzeros. Tokens and asked positions of all cells lie one after the other, as their layouts say; the decoder's positions
+are dense.
 """
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -27,9 +29,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cellmill.errors import CellmillError
-from cellmill.models.attention_padded import MultiHeadAttention, attend, key_mask
-from cellmill.models.base import CellModel, GeneStates, GeneStatistics, Imputed, Inputs, Losses, LossTerm
-from cellmill.randomness import hash64
+from cellmill.models.attention import MultiHeadAttention, attend, attention_flops
+from cellmill.models.base import (
+    CellModel,
+    GeneStates,
+    GeneStatistics,
+    Imputed,
+    Inputs,
+    Losses,
+    LossTerm,
+    in_compute_dtype,
+)
+from cellmill.models.packing import Layout, uniform
+from cellmill.models.performer import draw_projection, performer, performer_flops
 from cellmill.shards.batch import CellBatch
 from cellmill.views import scfoundation as views
 from cellmill.views.ragged import (
@@ -39,15 +51,12 @@ from cellmill.views.ragged import (
     join,
     keep_first,
     log1p_cp10k,
-    pad,
     spread,
 )
 
-FEATURE_FLOOR = 1e-4
-"""Added to every random feature, as in the Performer's code, so that no query's weights are all zero."""
 EMBEDDING_STD = 0.02
 T, S = 0, 1
-"""Columns of the depth tokens."""
+"""Places of the depth tokens in a cell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +165,16 @@ class EncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(sizes.width)
         self.dropout = nn.Dropout(sizes.dropout)
 
-    def forward(self, x_BED: Tensor, mask: Tensor) -> Tensor:
-        """[B, E, D]; `mask` as for `MultiHeadAttention`."""
-        x_BED = self.norm1(x_BED + self.dropout(self.attention(x_BED, mask)))
-        return self.norm2(x_BED + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x_BED))))))
+    def forward(self, x_ED: Tensor, layout: Layout) -> Tensor:
+        """[E, D]."""
+        x_ED = in_compute_dtype(self.norm1(x_ED + self.dropout(self.attention(x_ED, layout))))
+        hidden_ED = self.linear2(self.dropout(F.relu(self.linear1(x_ED))))
+        return in_compute_dtype(self.norm2(x_ED + self.dropout(hidden_ED)))
+
+    def flops(self, layout: Layout) -> float:
+        """See `CellModel.body_flops`."""
+        hidden, width = self.linear1.weight.shape
+        return layout.n_tokens * 2.0 * (4 * width * width + 2 * width * hidden) + attention_flops(width, layout)
 
 
 class DecoderLayer(nn.Module):
@@ -177,55 +192,32 @@ class DecoderLayer(nn.Module):
             empty_FK = torch.zeros(sizes.features, width // sizes.decoder_heads)
             self.register_buffer("projection", empty_FK)
 
-    def forward(self, x_BPC: Tensor, asked_BQ: Tensor | None = None) -> Tensor:
-        """[B, Q, C] at the asked positions, or [B, P, C] at all; keys and values are those of all positions."""
-        y_BPC = self.norm1(x_BPC)
-        if asked_BQ is None:
-            qkv = self.attention.project(y_BPC)
+    def forward(
+        self, x_SC: Tensor, positions: Layout, asked_Q: Tensor | None = None, layout_asked: Layout | None = None
+    ) -> Tensor:
+        """[S, C], or [Q, C] at the asked positions `asked_Q` among S; keys and values are those of all positions."""
+        y_SC = self.norm1(x_SC)
+        if asked_Q is None:
+            qkv, queries = self.attention.project(y_SC), positions
         else:
-            qkv = self.attention.project_across(_take(y_BPC, asked_BQ), y_BPC)
-            x_BPC = _take(x_BPC, asked_BQ)
-        attended = performer(*qkv, self.projection) if hasattr(self, "projection") else attend(*qkv)
-        x_BPC = x_BPC + self.attention.out(attended)
-        return x_BPC + self.linear2(F.gelu(self.linear1(self.norm2(x_BPC))))
+            qkv, queries = self.attention.project_across(y_SC.index_select(0, asked_Q), y_SC), layout_asked
+            x_SC = x_SC.index_select(0, asked_Q)
+        if hasattr(self, "projection"):
+            attended = performer(*qkv, self.projection, queries, positions)
+        else:
+            attended = attend(*qkv, queries, positions)
+        x_SC = x_SC + self.attention.out(attended)
+        return x_SC + self.linear2(F.gelu(self.linear1(self.norm2(x_SC))))
 
-
-def performer(q_BHQK: Tensor, k_BHPK: Tensor, v_BHPK: Tensor, projection_FK: Tensor) -> Tensor:
-    """Attention whose softmax kernel is estimated by positive random features: [B, Q, H K], the heads side by side.
-
-    FAVOR+ of Choromanski et al., ICLR 2021. What is subtracted from the exponents of the keys is one number a cell, as
-    in the published code when it is given cells one by one; it matters through `FEATURE_FLOOR` alone.
-    """
-    with torch.autocast(q_BHQK.device.type, enabled=False):
-        q_BHQF = _features(q_BHQK.float(), projection_FK, (3,))
-        k_BHPF = _features(k_BHPK.float(), projection_FK, (1, 2, 3))
-        context_BHFK = k_BHPF.transpose(2, 3) @ v_BHPK.float()
-        weight_BHF1 = k_BHPF.sum(2).unsqueeze(3)
-        return (q_BHQF @ context_BHFK / (q_BHQF @ weight_BHF1)).transpose(1, 2).flatten(2)
-
-
-def _features(x_BHPK: Tensor, projection_FK: Tensor, over: tuple[int, ...]) -> Tensor:
-    """[B, H, P, F]; exponents are lowered by the largest of the products `over` these dimensions."""
-    scale = x_BHPK.shape[3] ** -0.25
-    product_BHPF = x_BHPK @ (projection_FK.T * scale)
-    norm_BHP1 = x_BHPK.square().sum(3, keepdim=True) * (scale**2 / 2)
-    largest = product_BHPF.detach().amax(over, keepdim=True)
-    return torch.exp(product_BHPF - (norm_BHP1 + largest)) + FEATURE_FLOOR
-
-
-def draw_projection(n_features: int, width: int, *keys) -> Tensor:
-    """Random directions, float32 [F, K], orthogonal within each block of K, of lengths as normal vectors have.
-
-    A function of `keys` (integers or strings) alone. The signs of the QR decomposition are set so that directions are
-    uniform (Mezzadri, Notices of the AMS 54, 592, 2007); as LAPACK leaves them, the estimated kernel is biased.
-    """
-    generator = torch.Generator("cpu").manual_seed(int(hash64("scfoundation projection", *keys).view(np.int64)[0]))
-    n_blocks = -(-n_features // width)
-    normal = torch.randn(n_blocks, width, width, generator=generator, device="cpu", dtype=torch.float64)
-    q, r = torch.linalg.qr(normal)
-    directions_FK = (q * r.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)).mT.flatten(0, 1)[:n_features]
-    lengths_F = torch.randn(n_features, width, generator=generator, device="cpu", dtype=torch.float64).norm(dim=1)
-    return (directions_FK * lengths_F[:, None]).float()
+    def flops(self, positions: Layout, layout_asked: Layout | None = None) -> float:
+        """See `CellModel.body_flops`."""
+        queries = layout_asked or positions
+        hidden, width = self.linear1.weight.shape
+        weights = queries.n_tokens * (2 * width * width + 2 * width * hidden) + positions.n_tokens * 2 * width * width
+        if hasattr(self, "projection"):
+            n_features = len(self.projection)
+            return 2.0 * weights + performer_flops(width, self.attention.n_heads, n_features, queries, positions)
+        return 2.0 * weights + attention_flops(width, queries, positions)
 
 
 class Scfoundation(CellModel):
@@ -272,6 +264,9 @@ class Scfoundation(CellModel):
     def __init__(self, sizes: Sizes, n_genes: int, statistics: GeneStatistics | None = None, categories=None):
         super().__init__(sizes, n_genes, statistics, categories)
         self.n_positions, self.pad = n_genes + 2, n_genes + 2
+        # what P positions take in memory beside one token of the encoder: states of so many layers and so wide
+        decoder, encoder = sizes.decoder_layers * sizes.decoder_width, sizes.n_layers * sizes.width
+        self.decoder_tokens = -(-self.n_positions * decoder // encoder)
         self.value_embedding = ValueEmbedding(sizes)
         self.gene_embedding = nn.Embedding(n_genes + 3, sizes.width)
         self.encoder = nn.ModuleList(EncoderLayer(sizes) for _ in range(sizes.n_layers))
@@ -302,10 +297,40 @@ class Scfoundation(CellModel):
         if self.sizes.decoder_attention == "performer":
             self.steps_since_redraw.fill_(since)
 
-    def _inputs(self, encoded: views.Encoded, *keys) -> Inputs:
-        """`tokens`, `values` [B, E], which the encoder reads: T, S, genes; `unread`, `unread_values` [U], the rest.
+    def token_lengths(self, cells: CellBatch) -> np.ndarray:
+        """int64 [B], the tokens of the encoder at most, and what the decoder's P positions come to.
 
-        Which genes are left where a cell has too many is random by `keys`. `unread` are places among B (P + 1).
+        A position holds a state in every layer of the decoder as a token does in every layer of the encoder, so it
+        counts as the share of an encoder's token that layers times width are (0.38 in the presets of the dial): the
+        decoder takes most of a cell's memory, the same for every cell.
+        """
+        # a zero that shows a random value is read, too: a binomial number, here eight deviations above its mean
+        n_zeros = views.ZERO_RATE * views.RANDOM_SHARE * self.n_genes
+        n_read_B = cells.lengths + math.ceil(n_zeros + 8 * n_zeros**0.5) + 2
+        return np.minimum(n_read_B, self.sizes.max_length) + self.decoder_tokens
+
+    def loss_counts(self, inputs: Inputs, *, step: int | None = None) -> dict[str, Tensor]:
+        """See `CellModel`."""
+        return {"mse": self._count(inputs)}
+
+    def _count(self, inputs: Inputs) -> Tensor:
+        return torch.full((), float(inputs["layout_asked"].n_tokens), device=inputs["targets"].device)
+
+    def body_flops(self, inputs: Inputs, *, step: int | None = None) -> float:
+        """See `CellModel`. The map from the encoder's width to the decoder's counts for tokens, not for genes."""
+        layout, positions = inputs["layout"], uniform(len(inputs["layout"]), self.n_positions)
+        flops = sum(layer.flops(layout) for layer in self.encoder)
+        flops += 2.0 * self.to_decoder.weight.numel() * (layout.n_tokens + len(inputs["unread"]))
+        flops += sum(layer.flops(positions) for layer in self.decoder[:-1])
+        return flops + self.decoder[-1].flops(positions, inputs["layout_asked"])
+
+    def _inputs(self, encoded: views.Encoded, *keys) -> Inputs:
+        """What is shown.
+
+        ``tokens``, ``values`` [E], which the encoder reads, T, S and genes of each cell, where ``layout`` says;
+        ``unread``, ``unread_values`` [U], the rest, as positions among S; ``positions``, the layout of S.
+
+        Which genes are left where a cell has too many is random by `keys`.
         """
         genes, values_N = encoded
         if self.sizes.released_depth_tokens:
@@ -324,81 +349,93 @@ class Scfoundation(CellModel):
         kept, offsets = keep_first(genes.offsets, self.sizes.max_length)
         is_unread_N = np.ones(len(order), bool)
         is_unread_N[kept] = False
-        first_N = spread(np.arange(len(genes.joinids)) * (self.n_positions + 1), genes.offsets)
+        positions = uniform(len(genes.joinids), self.n_positions)
+        first_N = spread(positions.starts, genes.offsets)
         read, unread = order[kept], order[is_unread_N]
+        layout = self.packing.layout(np.diff(offsets))
         return {
-            "tokens": torch.from_numpy(pad(offsets, genes.genes[read], self.pad, dtype=np.int64)),
-            "values": torch.from_numpy(pad(offsets, values_N[read], 0, dtype=np.float32)),
+            "tokens": torch.from_numpy(layout.place(offsets, genes.genes[read], self.pad, dtype=np.int64)),
+            "values": torch.from_numpy(layout.place(offsets, values_N[read], 0, dtype=np.float32)),
+            "layout": layout,
             "unread": torch.from_numpy(first_N[unread] + genes.genes[unread]),
             "unread_values": torch.from_numpy(values_N[unread]),
+            "positions": positions,
         }
 
     def pretrain_inputs(self, cells: CellBatch, *, seed: int, step: int | None) -> Inputs:
         """Thinned and masked cells.
 
-        Beside what is shown (`_inputs`): `asked` [B, Q], the masked positions; `hidden` [B, Q], whether the decoder
-        sees the mask there; `targets` [B, Q], the raw cell's values. See `cellmill.views.scfoundation.pretrain`.
+        Beside what is shown (`_inputs`), where ``layout_asked`` says: ``asked`` [Q], the masked genes; ``hidden`` [Q],
+        whether the decoder sees the mask there; ``targets`` [Q], the raw cell's values. See
+        `cellmill.views.scfoundation.pretrain`.
         """
         encoded, *masked = views.pretrain(cells, n_genes=self.n_genes, seed=seed, step=step)
         offsets, places = join([part.genes.offsets for part in masked])
         genes_N, hidden_N, targets_N = (np.empty(offsets[-1], kind) for kind in (np.int64, bool, np.float32))
         for part, place in zip(masked, places, strict=True):
             genes_N[place], hidden_N[place], targets_N[place] = part.genes.genes, part.hidden, part.targets
+        layout = self.packing.layout(np.diff(offsets))
         return self._inputs(encoded, seed, -1 if step is None else step) | {
-            "asked": torch.from_numpy(pad(offsets, genes_N, self.pad)),
-            "hidden": torch.from_numpy(pad(offsets, hidden_N, False)),
-            "targets": torch.from_numpy(pad(offsets, targets_N, 0)),
+            "asked": torch.from_numpy(layout.place(offsets, genes_N, 0)),
+            "hidden": torch.from_numpy(layout.place(offsets, hidden_N, False)),
+            "targets": torch.from_numpy(layout.place(offsets, targets_N, 0)),
+            "layout_asked": layout,
         }
 
     def embed_inputs(self, cells: CellBatch, target_counts: np.ndarray | None = None) -> Inputs:
-        """What is shown (`_inputs`), and `asked` [B, Q], the genes that each cell expresses.
+        """What is shown (`_inputs`), and ``asked`` [Q], the genes that each cell expresses, by ``layout_asked``.
 
         `target_counts` [B] is the depth that T asks for, by default `embedding_depth`, or the cell's own.
         """
         if target_counts is None and self.sizes.embedding_depth:
             target_counts = np.full(len(cells), 10.0**self.sizes.embedding_depth)
-        shown = self._inputs(views.embed(cells, n_genes=self.n_genes, target_counts=target_counts))
-        return shown | {"asked": torch.from_numpy(pad(cells.offsets, cells.genes, self.pad, dtype=np.int64))}
+        layout = self.packing.layout(cells.lengths)
+        return self._inputs(views.embed(cells, n_genes=self.n_genes, target_counts=target_counts)) | {
+            "asked": torch.from_numpy(layout.place(cells.offsets, cells.genes, 0, dtype=np.int64)),
+            "layout_asked": layout,
+        }
 
     def encode(self, inputs: Inputs) -> Tensor:
-        """[B, E, D], the normalised states of the tokens that the encoder reads, T and S first."""
-        tokens_BE = inputs["tokens"]
-        x_BED = self.value_embedding(inputs["values"]) + self.gene_embedding(tokens_BE)
-        mask = key_mask(tokens_BE != self.pad)
+        """[E, D], the normalised states of the tokens that the encoder reads, T and S of each cell first."""
+        x_ED = in_compute_dtype(self.value_embedding(inputs["values"]) + self.gene_embedding(inputs["tokens"]))
         for layer in self.encoder:
-            x_BED = layer(x_BED, mask)
-        return self.encoder_norm(x_BED)
+            x_ED = layer(x_ED, inputs["layout"])
+        return in_compute_dtype(self.encoder_norm(x_ED))
 
-    def decode(self, inputs: Inputs, asked_BQ: Tensor, hidden_BQ: Tensor) -> Tensor:
-        """[B, Q, C], the decoder's normalised states at the asked positions; it sees the mask where `hidden_BQ` holds.
+    def decode(self, inputs: Inputs, hidden_Q: Tensor) -> Tensor:
+        """[Q, C], the decoder's normalised states at the positions ``asked``; it sees the mask where `hidden_Q` holds.
 
         The map from the encoder's width to the decoder's is linear, so genes are mapped once, not once a cell. Of the
         last layer only the asked positions are computed.
         """
-        weight, n_rows = self.to_decoder.weight, self.n_positions + 1
-        read_BED, tokens_BE = self.encode(inputs), inputs["tokens"]
-        unread_UD = self.value_embedding(inputs["unread_values"])
-        zero_1D = self.value_embedding(torch.zeros(1, device=weight.device))
-        mask_1C = F.linear(self.value_embedding.mask.weight, weight)
-        # the row after the last position takes what is written for padding, and is cut off
-        first_B1 = torch.arange(len(tokens_BE), device=weight.device).unsqueeze(1) * n_rows
-        masked_BQ = torch.where(hidden_BQ, asked_BQ, self.pad) + first_B1
-        index_R = torch.cat([(tokens_BE + first_B1).flatten(), inputs["unread"], masked_BQ.flatten()])
-        shown_RC = F.linear(torch.cat([read_BED.flatten(0, 1), unread_UD.to(read_BED.dtype)]), weight)
-        values_RC = torch.cat([shown_RC, mask_1C.to(shown_RC.dtype).expand(masked_BQ.numel(), -1)])
-        x_RC = F.linear(zero_1D, weight).to(shown_RC.dtype).expand(len(tokens_BE) * n_rows, -1)
-        x_BPC = x_RC.index_copy(0, index_R, values_RC).unflatten(0, (-1, n_rows))[:, : self.n_positions]
-        x_BPC = x_BPC + self.to_decoder(self.gene_embedding.weight[: self.n_positions])
-        for layer in self.decoder[:-1]:
-            x_BPC = layer(x_BPC)
-        x_BQC = self.decoder[-1](x_BPC, asked_BQ.clamp(max=self.n_positions - 1))
-        return self.final_norm(self.decoder_norm(x_BQC))
+        layout, positions, layout_asked = inputs["layout"], inputs["positions"], inputs["layout_asked"]
+        # an unused slot is taken for the first cell's; what it holds is not used
+        asked_Q = inputs["asked"] + torch.where(layout_asked.used_N, layout_asked.rows_N, 0) * self.n_positions
+        read_ED, unread_UD = self.encode(inputs), self.value_embedding(inputs["unread_values"])
+        # a row behind the last position takes what is written nowhere else, and is cut off
+        nowhere = positions.n_slots
+        read_E = torch.where(layout.used_N, inputs["tokens"] + layout.rows_N * self.n_positions, nowhere)
+        index_R = torch.cat([read_E, inputs["unread"], torch.where(hidden_Q & layout_asked.used_N, asked_Q, nowhere)])
 
-    def predict(self, inputs: Inputs, asked_BQ: Tensor, hidden_BQ: Tensor) -> Tensor:
-        """float32 [B, Q], log1p(CP10k) at depth T of the asked genes."""
-        x_BQC = self.decode(inputs, asked_BQ, hidden_BQ)
-        with torch.autocast(x_BQC.device.type, enabled=False):
-            return self.head(x_BQC.float()).squeeze(2)
+        gene_PC = self.to_decoder(self.gene_embedding.weight[: self.n_positions])
+        to_C = partial(F.linear, weight=self.to_decoder.weight)
+        shown_RC = to_C(torch.cat([read_ED, unread_UD.to(read_ED.dtype)]))
+        mask_1C = to_C(self.value_embedding.mask.weight)
+        zero_1C = to_C(self.value_embedding(torch.zeros(1, device=gene_PC.device)))
+        rows_RC = torch.cat([shown_RC, mask_1C.expand(len(hidden_Q), -1)])
+        rows_RC = rows_RC + gene_PC.index_select(0, torch.where(index_R < nowhere, index_R % self.n_positions, 0))
+        x_SC = torch.cat([(gene_PC + zero_1C).repeat(len(layout), 1), gene_PC.new_zeros(1, gene_PC.shape[1])])
+        x_SC = x_SC.index_copy(0, index_R, rows_RC)[:nowhere]
+        for layer in self.decoder[:-1]:
+            x_SC = layer(x_SC, positions)
+        x_QC = self.decoder[-1](x_SC, positions, asked_Q, layout_asked)
+        return self.final_norm(self.decoder_norm(x_QC))
+
+    def predict(self, inputs: Inputs, hidden_Q: Tensor) -> Tensor:
+        """float32 [Q], log1p(CP10k) at depth T of the genes ``asked``; see `decode`."""
+        x_QC = self.decode(inputs, hidden_Q)
+        with torch.autocast(x_QC.device.type, enabled=False):
+            return self.head(x_QC.float()).squeeze(1)
 
     def forward(self, inputs: Inputs, *, step: int | None = None) -> Losses:
         """`mse`: squared error of log1p(CP10k) at the masked positions, zeros and nonzeros.
@@ -407,12 +444,11 @@ class Scfoundation(CellModel):
         """
         if self.training and step is not None and self.sizes.redraw_every:
             self._redraw(step)
-        return {"mse": self._term(self.predict(inputs, inputs["asked"], inputs["hidden"]), inputs)}
+        return {"mse": self._term(self.predict(inputs, inputs["hidden"]), inputs)}
 
-    def _term(self, predicted_BQ: Tensor, inputs: Inputs) -> LossTerm:
-        valid_BQ = inputs["asked"] != self.pad
-        error_BQ = (predicted_BQ - inputs["targets"]) * valid_BQ
-        return LossTerm(error_BQ.square().sum(), valid_BQ.sum().float())
+    def _term(self, predicted_Q: Tensor, inputs: Inputs) -> LossTerm:
+        error_Q = torch.where(inputs["layout_asked"].used_N, predicted_Q - inputs["targets"], 0)
+        return LossTerm(error_Q.square().sum(), self._count(inputs))
 
     def embed_cells(self, inputs: Inputs, pooling: str | None = None) -> Tensor:
         """Of the encoder's states: `all`, [B, 4 D], those of S and T, and maximum and mean over genes; or one of these.
@@ -420,16 +456,17 @@ class Scfoundation(CellModel):
         `max` is over T and S, too, as published; over genes alone within `all`. A cell without genes has zeros.
         """
         pooling = self.check_pooling(pooling)
-        x_BED = self.encode(inputs).float()
-        is_token_BE1 = (inputs["tokens"] != self.pad).unsqueeze(2)
-        if pooling == "max":
-            return _maximum(x_BED, is_token_BE1)
-        x_BED, depths_B2D, is_gene_BE1 = x_BED[:, 2:], x_BED[:, :2], is_token_BE1[:, 2:]
-        mean_BD = (x_BED * is_gene_BE1).sum(1) / is_gene_BE1.sum(1).clamp(min=1)
-        parts = {"source": depths_B2D[:, S], "target": depths_B2D[:, T], "mean": mean_BD}
+        layout, x_ED = inputs["layout"], self.encode(inputs).float()
+        is_gene_E = layout.places_N >= 2
+        parts = {
+            "source": lambda: x_ED[layout.starts_B + S],
+            "target": lambda: x_ED[layout.starts_B + T],
+            "max": lambda: layout.max(x_ED),
+            "mean": lambda: layout.mean(x_ED, is_gene_E),
+        }
         if pooling in parts:
-            return parts[pooling]
-        return torch.cat([parts["source"], parts["target"], _maximum(x_BED, is_gene_BE1), mean_BD], 1)
+            return parts[pooling]()
+        return torch.cat([parts["source"](), parts["target"](), layout.max(x_ED, is_gene_E), parts["mean"]()], 1)
 
     def embed_genes(self) -> Tensor:
         """[V, D], the gene embeddings."""
@@ -440,18 +477,25 @@ class Scfoundation(CellModel):
 
         The paper has them for all V genes of each cell; here are those that the cell expresses.
         """
-        asked_BQ = inputs["asked"]
-        is_gene_BQ = asked_BQ != self.pad
-        states_BQC = self.decode(inputs, asked_BQ, torch.zeros_like(is_gene_BQ))
-        return GeneStates(is_gene_BQ.nonzero()[:, 0], asked_BQ[is_gene_BQ], states_BQC[is_gene_BQ].float())
+        layout = inputs["layout_asked"]
+        used_Q = layout.used_N
+        states_QC = self.decode(inputs, torch.zeros_like(used_Q))
+        return GeneStates(layout.rows_N[used_Q], inputs["asked"][used_Q], states_QC[used_Q].float())
 
     def impute_inputs(self, cells: CellBatch, genes_BQ: np.ndarray) -> Inputs:
-        """What is visible (`_inputs`), T and S the whole cell's depth; `asked` [B, Q], the genes."""
-        return self.embed_inputs(cells, cells.totals) | {"asked": torch.from_numpy(np.asarray(genes_BQ, np.int64))}
+        """What is visible (`_inputs`), T and S the whole cell's depth; ``asked``, the genes, as many of each cell."""
+        shown = self.embed_inputs(cells, cells.totals)
+        return shown | self.asked_inputs(np.asarray(genes_BQ, np.int64))
+
+    @staticmethod
+    def asked_inputs(genes_BQ: np.ndarray) -> Inputs:
+        """``asked`` and ``layout_asked`` of as many genes of each cell."""
+        return {"asked": torch.from_numpy(genes_BQ.flatten()), "layout_asked": uniform(*genes_BQ.shape)}
 
     def impute(self, inputs: Inputs) -> Imputed:
         """The predicted values, the mask in the genes' places; a gene is the likelier detected the larger its value."""
-        values_BQ = self.predict(inputs, inputs["asked"], torch.ones_like(inputs["asked"], dtype=torch.bool))
+        values_Q = self.predict(inputs, torch.ones_like(inputs["asked"], dtype=torch.bool))
+        values_BQ = values_Q.view(len(inputs["layout_asked"]), -1)
         return Imputed(values_BQ, values_BQ)
 
     def fit_trivial(self, batches: Iterable[CellBatch]) -> Tensor:
@@ -469,8 +513,8 @@ class Scfoundation(CellModel):
 
     def trivial_losses(self, inputs: Inputs, trivial: Tensor) -> Losses:
         """`mse` when every masked gene is predicted by its mean."""
-        asked_BQ = inputs["asked"]
-        return {"mse": self._term(trivial.to(asked_BQ.device)[asked_BQ.clamp(max=self.n_genes - 1)], inputs)}
+        asked_Q = inputs["asked"]
+        return {"mse": self._term(trivial.to(asked_Q.device)[asked_Q], inputs)}
 
 
 def mask_probability(cells: CellBatch) -> np.ndarray:
@@ -479,18 +523,6 @@ def mask_probability(cells: CellBatch) -> np.ndarray:
     lost_N = 6 / ((cells.counts + 2.0) * (cells.counts + 3.0))
     lost_N *= spread(np.where(cells.totals >= views.MIN_COUNTS, views.THINNED_SHARE, 0), cells.offsets)
     return views.NONZERO_RATE * (1 - lost_N) + views.ZERO_RATE * lost_N
-
-
-def _take(x_BPC: Tensor, index_BQ: Tensor) -> Tensor:
-    return x_BPC.gather(1, index_BQ.unsqueeze(2).expand(-1, -1, x_BPC.shape[2]))
-
-
-def _maximum(x_BED: Tensor, valid_BE1: Tensor) -> Tensor:
-    """[B, D], over the valid tokens; zeros if there are none."""
-    if not x_BED.shape[1]:
-        return x_BED.new_zeros(len(x_BED), x_BED.shape[2])
-    largest_BD = x_BED.masked_fill(~valid_BE1, -torch.inf).amax(1)
-    return largest_BD.masked_fill(~valid_BE1.any(1), 0)
 
 
 MODEL = Scfoundation
