@@ -95,7 +95,7 @@ def test_show_batch_names_the_worst_cell(run_folder, tmp_path):
     )
     path = save_batch(tmp_path / "seed5.state", batch)
     said = call("show-batch", path)
-    assert "loss became nan at step 3 (seed 5, geneformer, 1 micro batches)" in said
+    assert "loss became nan at step 3 (seed 5, geneformer, micro batches: 1)" in said
     assert "word_embeddings.weight" in said
     assert "6 cells of second (4), first (2):" in said
     assert all(str(joinid) in said for joinid in cells.joinids)

@@ -12,6 +12,7 @@ from cellmill.models.base import total_loss
 from cellmill.models.packing import Layout, Packing
 from cellmill.recipes import Training
 from cellmill.shards.statistics import compute_statistics
+from cellmill.training import offending_batch
 from cellmill.training.guard import Guard, clip_gradients, largest_norms
 from cellmill.training.log import Log
 from cellmill.training.offending_batch import (
@@ -221,6 +222,16 @@ def test_the_error_says_where_the_batch_lies(corpus, statistics, tmp_path):
     assert f"cellmill show-batch {tmp_path / 'state' / 'offending_batch.json'}" in str(error)
     other = stopped(tmp_path / "state", make_batch(corpus, make_model(statistics)), rank=1)
     assert "offending_batch.rank1.json" in str(other)
+
+
+def test_a_full_disk_does_not_hide_the_reason(corpus, statistics, tmp_path, monkeypatch):
+    def full(*_):
+        raise CellmillError("no space is left")
+
+    monkeypatch.setattr(offending_batch, "save_batch", full)
+    error = stopped(tmp_path, make_batch(corpus, make_model(statistics)))
+    assert "loss became nan at step 7" in str(error)
+    assert "the batch that did it is not: no space is left" in str(error)
 
 
 def test_a_damaged_batch_is_one_sentence(corpus, statistics, tmp_path):

@@ -27,7 +27,7 @@ def show_batch(
     from cellmill.training.offending_batch import badness, batch_terms, cell_terms, load_batch, load_model
 
     batch = load_batch(path)
-    print(f"{batch.reason} (seed {batch.seed}, {batch.model['architecture']}, {len(batch.parts)} micro batches)")
+    print(f"{batch.reason} (seed {batch.seed}, {batch.model['architecture']}, micro batches: {len(batch.parts)})")
     print("measured: " + ", ".join(f"{name} {value:.6g}" for name, value in batch.values.items()))
     if batch.gradient_norms:
         print_table(

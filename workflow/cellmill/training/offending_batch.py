@@ -94,11 +94,12 @@ def datasets_of(shards: Shards, split: str, cells: CellBatch) -> list[str]:
 
 def stopped(folder: Path, batch: OffendingBatch, rank: int = 0) -> CellmillError:
     """Save the batch in the state's folder; returns the error to raise, which says where it lies."""
-    path = save_batch(folder, batch, rank)
-    return CellmillError(
-        f"training: {batch.reason}; {ADVICE} (the last saved state is kept, and `cellmill show-batch {path}` shows the "
-        "batch that did it)"
-    )
+    try:
+        path = save_batch(folder, batch, rank)
+        said = f"`cellmill show-batch {path}` shows the batch that did it"
+    except CellmillError as error:
+        said = f"the batch that did it is not: {error}"
+    return CellmillError(f"training: {batch.reason}; {ADVICE} (the last saved state is kept, and {said})")
 
 
 def save_batch(folder: Path, batch: OffendingBatch, rank: int = 0) -> Path:
