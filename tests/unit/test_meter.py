@@ -113,6 +113,50 @@ def test_ranks_are_added_up(corpus, model, monkeypatch):
         assert two[name] == pytest.approx(one[name])
 
 
+def test_a_gpu_waits_by_its_own_clock(monkeypatch):
+    """A stream of kernels that runs behind the host, played by a clock of its own."""
+    clock = Clock(monkeypatch)
+    stream = {"free_at": clock.now}
+
+    class Event:
+        def __init__(self, **_):
+            pass
+
+        def record(self):
+            self.at = stream["free_at"] = max(stream["free_at"], clock.now)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, later):
+            return 1000 * (later.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 3 * 2**20)
+    meter = Meter(torch.device("cuda", 0), torch.bfloat16)
+    assert meter.peak == 989e12
+
+    def step(kernels: float, host: float) -> None:
+        with meter.step():
+            clock.sleep(0.1)  # the host only asks for the kernels
+            stream["free_at"] = max(stream["free_at"], clock.now) + kernels
+        clock.sleep(host)  # it makes the next cells
+
+    step(kernels=2.0, host=1.9)  # the next cells are there before the kernels end
+    step(kernels=2.0, host=4.9)  # they come 3 s too late
+    step(kernels=2.0, host=0.0)
+    clock.now = stream["free_at"]
+    values = meter.read()
+    assert values["waiting_share"] == pytest.approx(2.9 / 9.2, abs=0.02)
+    assert values["memory_mb"] == 3
+    with meter.paused():
+        clock.sleep(50)
+    step(kernels=2.0, host=1.9)
+    assert meter.read()["waiting_share"] == 0
+    assert "data sheet" in meter.explain()
+
+
 def test_what_is_not_known_is_left_out(corpus, model, monkeypatch):
     """An architecture without `body_flops` has no MFU, nor has a device whose peak is not known."""
     monkeypatch.setattr(meters, "device_peak", lambda *_: None)
