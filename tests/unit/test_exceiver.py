@@ -8,6 +8,7 @@ import torch
 from cellmill.errors import CellmillError
 from cellmill.models.base import GeneStatistics, parameter_counts, total_loss
 from cellmill.models.exceiver import Exceiver, Sizes
+from cellmill.models.packing import Packing, uniform
 from model_cells import assert_cells_are_independent, make_batch, real_statistics, train
 from shard_cells import real_cells
 
@@ -74,10 +75,10 @@ def test_heads_divide_the_width(name):
 def test_keys_by_hand():
     cells = make_batch([{0: 10, 1: 90, 3: 1, 4: 7}, {2: 4}, {}], totals=[1000, 1000, 0])
     inputs = by_hand("released").embed_inputs(cells)
-    assert inputs["genes"].tolist() == [[0, 1, 3], [2, 5, 5], [5, 5, 5]]
-    assert inputs["keys"].tolist() == [[True] * 3, [True, False, False], [False] * 3]
+    assert inputs["genes"].tolist() == [0, 1, 3, 2]
+    assert inputs["layout"].lengths.tolist() == [3, 1, 0]
     expected = [(np.log(101) - 1) / 2 + 1, 11, np.log(11) + 1, np.log(41) - 0.5 + 1]
-    np.testing.assert_allclose(inputs["values"][inputs["keys"]], expected, rtol=1e-6)
+    np.testing.assert_allclose(inputs["values"], expected, rtol=1e-6)
     assert inputs["undetected"].int().tolist() == [[0, 0, 1, 0, 1], [1, 1, 0, 1, 1], [1] * 5]
     assert "undetected" not in by_hand("paper").embed_inputs(cells)
 
@@ -87,15 +88,16 @@ def test_hidden_genes_by_hand():
     assert model.n_hidden == 2
     cells = make_batch([{0: 10, 1: 20, 2: 3, 3: 1}, {0: 1, 1: 1, 2: 5}])  # the second has fewer than four genes
     inputs = model.pretrain_inputs(cells, seed=0, step=1)
-    assert inputs["asked"].shape == inputs["targets"].shape == (1, 2)
-    asked = inputs["asked"][0].tolist()
+    assert len(inputs["layout_asked"]) == 1
+    assert inputs["asked"].shape == inputs["targets"].shape == (2,)
+    asked = inputs["asked"].tolist()
     assert len(set(asked)) == 2
-    assert sorted(inputs["genes"][0].tolist()) == sorted({0, 1, 2, 3} - set(asked)) + [5, 5]
-    assert inputs["keys"].all()
+    assert sorted(inputs["genes"].tolist()) == sorted({0, 1, 2, 3} - set(asked)) + [5, 5]
+    assert inputs["layout"].lengths.tolist() == [4]
     assert (inputs["values"][inputs["genes"] == 5] == 1).all()
     assert inputs["undetected"].tolist() == [[False] * 4 + [True]]  # hidden genes are detected ones
-    whole = model.embed_inputs(cells.take([0]))["values"][0]
-    assert torch.equal(inputs["targets"][0], whole[inputs["asked"][0]])
+    whole = model.embed_inputs(cells.take([0]))["values"]
+    assert torch.equal(inputs["targets"], whole[inputs["asked"]])
 
 
 def test_genes_of_few_cells_are_not_read():
@@ -112,7 +114,7 @@ def test_genes_of_few_cells_are_not_read():
     cells = make_batch([{0: 3, 1: 5, 2: 1}])
     with pytest.raises(CellmillError, match="reads no gene: none is expressed by min_cells 101 training cells"):
         Exceiver(replace(sizes, min_cells=101), 3, statistics).embed_inputs(cells)
-    assert model.embed_inputs(cells)["genes"].tolist() == [[0, 2]]
+    assert model.embed_inputs(cells)["genes"].tolist() == [0, 2]
     with torch.inference_mode():
         asked = model.impute(model.impute_inputs(make_batch([{0: 3}]), np.array([[1, 2]])))
     assert float(asked.values_BQ[0, 0]) == 0.5  # its mean
@@ -126,7 +128,7 @@ def test_the_encoder_by_the_formula(mask_mode):
     cells = make_batch([{0: 10, 2: 3}])
     with torch.inference_mode():
         inputs = model.embed_inputs(cells)
-        keys = [(gene, value, 0.0) for gene, value in zip(inputs["genes"][0], inputs["values"][0], strict=True)]
+        keys = [(gene, value, 0.0) for gene, value in zip(inputs["genes"], inputs["values"], strict=True)]
         if mask_mode == "released":
             zeros = {1: max(-1000.0, (0 - 2) / 0.1 + 1), 3: 1.0, 4: 1.0}
             keys += [(torch.tensor(gene), value, 1.0) for gene, value in zeros.items()]
@@ -143,8 +145,8 @@ def test_the_encoder_by_the_formula(mask_mode):
         latents = model.latents + block.attention.out(torch.stack(attended))
         latents = latents + block.mlp(latents)
         for layer in model.layers:
-            latents = layer(latents[None])[0]
-        torch.testing.assert_close(model.encode(inputs)[0], latents, atol=1e-5, rtol=1e-5)
+            latents = layer(latents, uniform(1, 4))
+        torch.testing.assert_close(model.encode(inputs), latents, atol=1e-5, rtol=1e-5)
 
 
 def test_the_modes_differ_where_genes_are_undetected(statistics, blood):
@@ -161,6 +163,25 @@ def test_a_cell_does_not_depend_on_its_batch(model, blood):
     cells = enough(model, blood).take(np.arange(5))
     longest = blood.take([np.argmax(blood.lengths)])
     assert_cells_are_independent(model, type(blood).concatenate([cells, longest]), 3)
+
+
+@pytest.mark.parametrize("packing", [Packing("padded"), Packing(grain=64)])
+def test_layouts_agree_also_for_cells_without_keys(model, blood, packing):
+    """Losses, gradients, latents and what is imputed; in the released mode every gene is a key."""
+    few = make_batch([{}, {7: 1}])
+    cells = type(blood).concatenate([few, enough(model, blood).take(np.arange(2))])
+    asked_BQ = np.tile(np.arange(30), (4, 1))
+    found = []
+    for model.packing in (Packing(), packing):
+        model.zero_grad()
+        total_loss(model(model.pretrain_inputs(cells, seed=0, step=1), step=1)).backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        with torch.inference_mode():
+            embedded = model.embed_cells(model.embed_inputs(cells))
+            found.append([embedded, model.impute(model.impute_inputs(cells, asked_BQ)).detection_BQ, *gradients])
+    model.packing = Packing()
+    model.zero_grad()
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
 def test_every_cell_has_an_embedding(model, blood):
@@ -191,7 +212,7 @@ def test_poolings(model, blood):
     inputs = model.embed_inputs(blood.take([0, 1]))
     latents = model.encode(inputs)
     assert torch.equal(model.embed_cells(inputs), latents.reshape(2, 64))
-    assert torch.equal(model.embed_cells(inputs, "mean"), latents.mean(1))
+    assert torch.equal(model.embed_cells(inputs, "mean"), latents.view(2, 4, 16).mean(1))
     with pytest.raises(CellmillError, match="no pooling 'cls'.*latents, mean"):
         model.embed_cells(inputs, "cls")
 
@@ -205,7 +226,7 @@ def test_genes_static_and_in_context(model, blood):
         known = ~np.isnan(model.mean.numpy()[cells.genes])
         assert states.genes_N.tolist() == cells.genes[known].tolist()
         assert states.cells_N.tolist() == cells.cell_of[known].tolist()
-        one = model.decode(model.encode(inputs), states.genes_N[:1].expand(2, 1))[0, 0]
+        one = model.decode(inputs, states.genes_N[:1].repeat(2), uniform(2, 1))[0]
     torch.testing.assert_close(states.states_ND[0], one, atol=1e-5, rtol=1e-5)
     shared = np.intersect1d(*(cells.genes[slice(*cells.offsets[b : b + 2])] for b in (0, 1)))[0]
     of_shared = states.states_ND[states.genes_N == shared]
@@ -216,7 +237,7 @@ def test_imputation_is_the_objectives_answer(model, blood):
     """Asked for the genes that training hid, imputation gives the prediction that training made of them."""
     cells = enough(model, blood).take([0, 1, 2])
     inputs = model.pretrain_inputs(cells, seed=0, step=None)
-    asked_BH = inputs["asked"].numpy()
+    asked_BH = inputs["asked"].view(3, -1).numpy()
     hidden_N = (cells.genes[:, None] == asked_BH[cells.cell_of]).any(axis=1)
     offsets = np.concatenate([[0], np.cumsum(~hidden_N)])[cells.offsets]
     visible = replace(cells, offsets=offsets, genes=cells.genes[~hidden_N], counts=cells.counts[~hidden_N])
@@ -224,7 +245,7 @@ def test_imputation_is_the_objectives_answer(model, blood):
         error = model(inputs)["mse"].sum
         imputed = model.impute(model.impute_inputs(visible, asked_BH))
         std = torch.where(model.std == 0, 1.0, model.std)[inputs["asked"]]
-        z = (imputed.detection_BQ - model.mean[inputs["asked"]]) / std + 1
+        z = (imputed.detection_BQ.flatten() - model.mean[inputs["asked"]]) / std + 1
         alone = model.impute(model.impute_inputs(visible.take([1]), asked_BH[1:2]))
     torch.testing.assert_close((z - inputs["targets"]).square().sum(), error, rtol=1e-4, atol=0)
     torch.testing.assert_close(alone.values_BQ[0], imputed.values_BQ[1], atol=1e-5, rtol=1e-5)
@@ -252,12 +273,12 @@ def test_statistics_come_back_with_the_weights():
 def test_trivial_baseline_by_hand():
     model = by_hand()
     counts = [{0: 10, 1: 20, 2: 3, 3: 1}, {0: 30, 1: 2, 2: 3, 3: 9}, {0: 1, 1: 1, 2: 5}]  # the last has too few genes
-    values = model.embed_inputs(make_batch(counts[:2]))["values"]
+    values = model.embed_inputs(make_batch(counts[:2]))["values"].view(2, 4)
     trivial = model.fit_trivial([make_batch(counts)])
     overall = values.mean()
     torch.testing.assert_close(trivial[:4], (values.sum(0) + overall) / 3)
     torch.testing.assert_close(trivial[4], overall)
-    inputs = {"asked": torch.tensor([[0, 3]]), "targets": trivial[[0, 3]][None] + torch.tensor([[1.0, 2.0]])}
+    inputs = {"asked": torch.tensor([0, 3]), "targets": trivial[[0, 3]] + torch.tensor([1.0, 2.0])}
     term = model.trivial_losses(inputs, trivial)["mse"]
     assert (term.sum.item(), term.count) == (pytest.approx(5), 2)
 

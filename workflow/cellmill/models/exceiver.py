@@ -15,7 +15,8 @@ are keys, and undetected ones are looked at e times as much as the others (``mas
 The original's process layers start as copies of one prototype layer, which stays in its module unused (size
 ``prototype_layer``, for equal counts); ours start independently.
 
-Legend: B cells, L keys, V genes, D width, M latents, H hidden genes of a cell, Q genes asked for, N nonzeros.
+Legend: B cells, N keys of all cells one after the other, V genes, D width, M latents, H hidden genes of a cell, Q genes
+asked for of all cells, X queries of all cells, Z = L + V keys of a matrix, L of the cell with most.
 """
 
 from collections.abc import Iterable
@@ -28,11 +29,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cellmill.errors import CellmillError
-from cellmill.models.attention_padded import MultiHeadAttention, key_mask
-from cellmill.models.base import CellModel, GeneStates, GeneStatistics, Imputed, Inputs, Losses, LossTerm
+from cellmill.models.attention import MultiHeadAttention, attention_flops
+from cellmill.models.base import (
+    CellModel,
+    GeneStates,
+    GeneStatistics,
+    Imputed,
+    Inputs,
+    Losses,
+    LossTerm,
+    in_compute_dtype,
+)
+from cellmill.models.packing import Layout, uniform
 from cellmill.shards.batch import CellBatch
 from cellmill.views import exceiver as views
-from cellmill.views.ragged import pad
+from cellmill.views.ragged import spread
 
 RELEASED_LOGIT = 1.0
 """What the released code adds to the logits of undetected genes."""
@@ -89,11 +100,49 @@ class CrossAttention(nn.Module):
             nn.Linear(sizes.width, sizes.width),
         )
 
-    def forward(self, queries_BQD: Tensor, keys_BLD: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, Q, D]; `mask` as for `attend`."""
-        attended_BQD = self.attention(self.queries_norm(queries_BQD), mask, others=self.keys_norm(keys_BLD))
-        x_BQD = queries_BQD + attended_BQD
-        return x_BQD + self.mlp(x_BQD)
+    def forward(
+        self,
+        queries_XD: Tensor,
+        layout: Layout,
+        keys_ND: Tensor,
+        layout_keys: Layout,
+        zeros_VD: Tensor | None = None,
+        undetected_BV: Tensor | None = None,
+    ) -> Tensor:
+        """[X, D], of each cell's queries to its keys; with `zeros_VD` also to those of them that it has not detected.
+
+        Those are the same keys in every cell, and `RELEASED_LOGIT` is added to their logits.
+        """
+        queries_ND, keys_ND = self.queries_norm(queries_XD), self.keys_norm(keys_ND)
+        if zeros_VD is None:
+            attended_XD = self.attention(queries_ND, layout, others=keys_ND, others_layout=layout_keys)
+        else:
+            zeros_VD = self.keys_norm(zeros_VD)
+            attended_XD = self._attend_to_all(queries_ND, layout, keys_ND, layout_keys, zeros_VD, undetected_BV)
+        x_XD = in_compute_dtype(queries_XD + attended_XD)
+        return in_compute_dtype(x_XD + self.mlp(x_XD))
+
+    def _attend_to_all(self, queries_XD, layout, keys_ND, layout_keys, zeros_VD, undetected_BV) -> Tensor:
+        """[X, D]. A number on each logit is beyond `attend`, which knows keys that are seen and others that are not."""
+        q_XHK, k_NHK, v_NHK = self.attention.project_across(queries_XD, keys_ND)
+        _, k_VHK, v_VHK = self.attention.project_across(queries_XD[:0], zeros_VD)
+        k, v = (
+            torch.cat([layout_keys.to_matrix(of_keys), of_zeros.expand(len(layout), -1, -1, -1)], 1).transpose(1, 2)
+            for of_keys, of_zeros in ((k_NHK, k_VHK), (v_NHK, v_VHK))
+        )
+        place_L = torch.arange(k.shape[2] - len(zeros_VD), device=k.device)
+        logit_BL = torch.where(place_L < layout_keys.lengths_B[:, None], 0.0, -torch.inf)
+        logit_BV = torch.where(undetected_BV, RELEASED_LOGIT, -torch.inf)
+        logit_BZ = torch.cat([logit_BL, logit_BV], 1).to(q_XHK.dtype)
+        q = layout.to_matrix(q_XHK).transpose(1, 2)
+        context_BHMK = F.scaled_dot_product_attention(q, k, v, attn_mask=logit_BZ[:, None, None])
+        return self.attention.out(layout.from_matrix(context_BHMK.transpose(1, 2)).flatten(1))
+
+    def flops(self, layout: Layout, layout_keys: Layout, n_others: int = 0) -> float:
+        """See `CellModel.body_flops`; `n_others` further keys of every cell are the same in all."""
+        width, n_queries, n_keys = self.mlp[1].in_features, layout.n_tokens, layout_keys.n_tokens
+        weights = 4 * width * width * n_queries + 2 * width * width * (n_keys + n_others)
+        return 2.0 * weights + attention_flops(width, layout, layout_keys) + 4.0 * width * n_queries * n_others
 
 
 class Layer(nn.Module):
@@ -107,10 +156,15 @@ class Layer(nn.Module):
         self.output = nn.Linear(sizes.hidden, sizes.width)
         self.output_norm = nn.LayerNorm(sizes.width)
 
-    def forward(self, x_BMD: Tensor) -> Tensor:
-        """[B, M, D]."""
-        x_BMD = self.attention_norm(x_BMD + self.attention(x_BMD))
-        return self.output_norm(x_BMD + self.output(F.gelu(self.intermediate(x_BMD))))
+    def forward(self, x_XD: Tensor, layout: Layout) -> Tensor:
+        """[X, D]."""
+        x_XD = in_compute_dtype(self.attention_norm(x_XD + self.attention(x_XD, layout)))
+        return in_compute_dtype(self.output_norm(x_XD + self.output(F.gelu(self.intermediate(x_XD)))))
+
+    def flops(self, layout: Layout) -> float:
+        """See `CellModel.body_flops`."""
+        hidden, width = self.intermediate.weight.shape
+        return layout.n_tokens * 2.0 * (4 * width * width + 2 * width * hidden) + attention_flops(width, layout)
 
 
 class Exceiver(CellModel):
@@ -188,6 +242,24 @@ class Exceiver(CellModel):
             self._of_views = mean_V, std_V, int(self.n_hidden)
         return self._of_views
 
+    def token_lengths(self, cells: CellBatch) -> np.ndarray:
+        """int64 [B], detected genes and latents: both are states of D numbers. Genes that are not read count, too."""
+        return cells.lengths + self.sizes.n_latents
+
+    def loss_counts(self, inputs: Inputs, *, step: int | None = None) -> dict[str, Tensor]:
+        """See `CellModel`."""
+        return {"mse": _count(inputs)}
+
+    def blocks(self) -> list[nn.Module]:
+        """See `CellModel`: most of the work is in the cross-attentions."""
+        return [self.encoder, *self.layers, self.decoder]
+
+    def body_flops(self, inputs: Inputs, *, step: int | None = None) -> float:
+        """See `CellModel`."""
+        latents, n_others = inputs["layout_latents"], self.n_genes if self.sizes.mask_mode == "released" else 0
+        flops = self.encoder.flops(latents, inputs["layout"], n_others) + sum(x.flops(latents) for x in self.layers)
+        return flops + (self.decoder.flops(inputs["layout_asked"], latents) if "layout_asked" in inputs else 0.0)
+
     def _keys(self, shown: views.Standardised, n_nulls_B: np.ndarray | int = 0, asked_BQ=None) -> Inputs:
         """The encoder's keys.
 
@@ -203,28 +275,27 @@ class Exceiver(CellModel):
         Returns
         -------
         dict
-            ``genes`` and ``values`` [B, L], padded; ``keys`` bool [B, L], which of them are keys; in the released mode
-            ``undetected`` bool [B, V].
+            ``genes`` and ``values`` [N], where ``layout`` says; ``layout_latents``, where the latents of each cell lie;
+            in the released mode ``undetected`` bool [B, V].
         """
         (_, offsets, genes_N), values_N = shown
-        lengths_B = np.diff(offsets) + n_nulls_B
-        n_free = int(np.max(n_nulls_B, initial=0))
-        genes_BL = pad(offsets, genes_N, self.n_genes, after=n_free, dtype=np.int64)
+        layout = self.packing.layout(np.diff(offsets) + n_nulls_B)
         inputs = {
-            "genes": torch.from_numpy(genes_BL),
-            "values": torch.from_numpy(pad(offsets, values_N, views.HIDDEN_VALUE, after=n_free)),
-            "keys": torch.from_numpy(np.arange(genes_BL.shape[1]) < lengths_B[:, None]),
+            "genes": torch.from_numpy(layout.place(offsets, genes_N, self.n_genes, dtype=np.int64)),
+            "values": torch.from_numpy(layout.place(offsets, values_N, views.HIDDEN_VALUE)),
+            "layout": layout,
+            "layout_latents": uniform(len(layout), self.sizes.n_latents),
         }
         if self.sizes.mask_mode == "released":
-            undetected = np.ones((len(lengths_B), self.n_genes + 1), bool)  # a column for padding
-            np.put_along_axis(undetected, genes_BL, False, axis=1)
+            undetected = np.ones((len(layout), self.n_genes + 1), bool)  # a column for hidden genes
+            undetected[spread(np.arange(len(layout)), offsets), genes_N] = False
             if asked_BQ is not None:
                 np.put_along_axis(undetected, asked_BQ, False, axis=1)
             inputs["undetected"] = torch.from_numpy(undetected[:, :-1].copy())
         return inputs
 
     def pretrain_inputs(self, cells: CellBatch, *, seed: int, step: int | None) -> Inputs:
-        """The keys, as in `_keys`, and ``asked`` [B, H], the hidden genes, with ``targets`` [B, H], their shifted z.
+        """The keys, as in `_keys`, ``asked`` [Q], the H hidden genes of each cell, ``targets`` [Q], their shifted z.
 
         Cells with fewer than 2 H detected genes are left out, as in the original. See `cellmill.views.exceiver`.
         """
@@ -236,52 +307,50 @@ class Exceiver(CellModel):
             )
         out = views.pretrain(cells, mean_V, std_V, n_hidden=n_hidden, seed=seed, step=step)
         asked_BH = out.genes_BH.astype(np.int64)
-        return self._keys(out.shown, asked_BQ=asked_BH) | {
-            "asked": torch.from_numpy(asked_BH),
-            "targets": torch.from_numpy(out.targets_BH),
-        }
+        targets_Q = torch.from_numpy(out.targets_BH.flatten())
+        return self._keys(out.shown, asked_BQ=asked_BH) | _asked(asked_BH) | {"targets": targets_Q}
 
     def embed_inputs(self, cells: CellBatch) -> Inputs:
         """The keys of all detected genes, as in `_keys`; every cell has some inputs, however few its genes."""
         return self._keys(views.embed(cells, *self._view_statistics()[:2]))
 
     def encode(self, inputs: Inputs) -> Tensor:
-        """[B, M, D], the latents after the process layers."""
-        x_BLD = inputs["values"][..., None] * self.gene_embedding(inputs["genes"])
-        mask = key_mask(inputs["keys"])
+        """[B M, D], the latents after the process layers, those of each cell one after the other."""
+        layout, layout_latents = inputs["layout"], inputs["layout_latents"]
+        keys_ND = in_compute_dtype(inputs["values"][:, None] * self.gene_embedding(inputs["genes"]))
+        x_XD = in_compute_dtype(self.latents.repeat(len(layout), 1))
         if self.sizes.mask_mode == "released":
-            zeros_VD = self._value_of_zero()[:, None] * self.gene_embedding.weight[:-1]
-            x_BLD = torch.cat([x_BLD, zeros_VD.expand(len(x_BLD), -1, -1)], dim=1)
-            logits_BL = x_BLD.new_full(x_BLD.shape[:2], -torch.inf)
-            logits_BL[:, : mask.shape[3]].masked_fill_(inputs["keys"], 0.0)
-            logits_BL[:, mask.shape[3] :].masked_fill_(inputs["undetected"], RELEASED_LOGIT)
-            mask = logits_BL[:, None, None, :]
-        x_BMD = self.encoder(self.latents.expand(len(x_BLD), -1, -1), x_BLD, mask)
+            zeros_VD = in_compute_dtype(self._value_of_zero()[:, None] * self.gene_embedding.weight[:-1])
+            x_XD = self.encoder(x_XD, layout_latents, keys_ND, layout, zeros_VD, inputs["undetected"])
+        else:
+            x_XD = self.encoder(x_XD, layout_latents, keys_ND, layout)
         for layer in self.layers:
-            x_BMD = layer(x_BMD)
-        return x_BMD
+            x_XD = layer(x_XD, layout_latents)
+        return x_XD
 
     def _value_of_zero(self) -> Tensor:
         """[V], the value of a gene with no count."""
         z_V = -self.mean / torch.where(self.std == 0, 1.0, self.std)
         return torch.nan_to_num(z_V, nan=0.0).clamp(max=views.CLIP) + views.SHIFT
 
-    def decode(self, latents_BMD: Tensor, genes_BQ: Tensor) -> Tensor:
-        """[B, Q, D], the states of genes that the latents are asked for."""
-        return self.decoder(self.gene_embedding(genes_BQ), latents_BMD)
+    def decode(self, inputs: Inputs, genes_Q: Tensor, layout: Layout) -> Tensor:
+        """[Q, D], the states of genes that each cell's latents are asked for, where `layout` says."""
+        asked_QD = in_compute_dtype(self.gene_embedding(genes_Q))
+        return self.decoder(asked_QD, layout, self.encode(inputs), inputs["layout_latents"])
 
     def _predict(self, inputs: Inputs) -> Tensor:
-        """[B, Q], the shifted z of the genes ``asked``."""
-        return self.head(self.decode(self.encode(inputs), inputs["asked"])).squeeze(2).float()
+        """float32 [Q], the shifted z of the genes ``asked``."""
+        states_QD = self.decode(inputs, inputs["asked"], inputs["layout_asked"])
+        return self.head(states_QD).squeeze(1).float()
 
     def forward(self, inputs: Inputs, *, step: int | None = None) -> Losses:
         """`mse`: squared error of the shifted z of hidden genes."""
-        return {"mse": _squared_error(self._predict(inputs), inputs["targets"])}
+        return {"mse": _squared_error(self._predict(inputs), inputs)}
 
     def embed_cells(self, inputs: Inputs, pooling: str | None = None) -> Tensor:
         """[B, M D], the latents side by side ("latents"), or [B, D], their mean ("mean")."""
         pooling = self.check_pooling(pooling)
-        latents_BMD = self.encode(inputs).float()
+        latents_BMD = self.encode(inputs).float().unflatten(0, (-1, self.sizes.n_latents))
         return latents_BMD.flatten(1) if pooling == "latents" else latents_BMD.mean(1)
 
     def embed_genes(self) -> Tensor:
@@ -290,9 +359,10 @@ class Exceiver(CellModel):
 
     def gene_states(self, inputs: Inputs) -> GeneStates:
         """The decoder's states of the genes that each cell expresses, before the head."""
-        cells_N, places_N = inputs["keys"].nonzero(as_tuple=True)
-        states_BLD = self.decode(self.encode(inputs), inputs["genes"])
-        return GeneStates(cells_N, inputs["genes"][cells_N, places_N], states_BLD[cells_N, places_N].float())
+        layout, genes_N = inputs["layout"], inputs["genes"]
+        is_gene_N = layout.used_N & (genes_N < self.n_genes)
+        states_ND = self.decode(inputs, genes_N, layout)
+        return GeneStates(layout.rows_N[is_gene_N], genes_N[is_gene_N], states_ND[is_gene_N].float())
 
     def impute_inputs(self, cells: CellBatch, genes_BQ: np.ndarray) -> Inputs:
         """The keys of the visible genes and, as in training, of H hidden ones, at most as many as are visible."""
@@ -300,7 +370,7 @@ class Exceiver(CellModel):
         shown = views.embed(cells, mean_V, std_V)
         asked_BQ = np.asarray(genes_BQ, dtype=np.int64)
         n_nulls_B = np.minimum(np.diff(shown.genes.offsets), n_hidden)
-        return self._keys(shown, n_nulls_B, asked_BQ) | {"asked": torch.from_numpy(asked_BQ)}
+        return self._keys(shown, n_nulls_B, asked_BQ) | _asked(asked_BQ)
 
     def impute(self, inputs: Inputs) -> Imputed:
         """The head's answer, standardised back, at least 0; it is the detection, too.
@@ -309,8 +379,8 @@ class Exceiver(CellModel):
         value itself, which holds the gene's mean, says which genes a cell likely expresses. Of genes that are not read
         the answer is their mean.
         """
-        asked_BQ = inputs["asked"]
-        z_BQ = self._predict(inputs) - views.SHIFT
+        asked_BQ = inputs["asked"].view(len(inputs["layout_asked"]), -1)
+        z_BQ = self._predict(inputs).view(asked_BQ.shape) - views.SHIFT
         std_V = torch.where(self.std == 0, 1.0, self.std)
         value_BQ = torch.nan_to_num(torch.nan_to_num(z_BQ * std_V[asked_BQ]) + self.mean[asked_BQ])
         return Imputed(value_BQ.clamp(min=0), value_BQ)
@@ -332,12 +402,20 @@ class Exceiver(CellModel):
 
     def trivial_losses(self, inputs: Inputs, trivial: Tensor) -> Losses:
         """`mse` when every hidden gene is predicted by its mean over the training cells that express it."""
-        return {"mse": _squared_error(trivial.to(inputs["asked"].device)[inputs["asked"]], inputs["targets"])}
+        return {"mse": _squared_error(trivial.to(inputs["asked"].device)[inputs["asked"]], inputs)}
 
 
-def _squared_error(predicted_BH: Tensor, targets_BH: Tensor) -> LossTerm:
-    total = F.mse_loss(predicted_BH, targets_BH, reduction="sum")
-    return LossTerm(total, torch.full((), targets_BH.numel(), device=total.device))
+def _asked(genes_BQ: np.ndarray) -> Inputs:
+    """``asked`` and ``layout_asked`` of as many genes of each cell."""
+    return {"asked": torch.from_numpy(genes_BQ.flatten()), "layout_asked": uniform(*genes_BQ.shape)}
+
+
+def _squared_error(predicted_Q: Tensor, inputs: Inputs) -> LossTerm:
+    return LossTerm(F.mse_loss(predicted_Q, inputs["targets"], reduction="sum"), _count(inputs))
+
+
+def _count(inputs: Inputs) -> Tensor:
+    return torch.full((), len(inputs["targets"]), device=inputs["targets"].device)
 
 
 def _initialise(module: nn.Module) -> None:
