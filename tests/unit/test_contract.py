@@ -4,17 +4,22 @@ Cells are real ones of the pancreas, in a vocabulary of 3,000 genes with a cell 
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from cellmill.checkpoints import build_model, load_checkpoint, save_checkpoint
 from cellmill.models import architectures, load_architecture
-from cellmill.models.base import parameter_counts, total_loss
+from cellmill.models.attention import attention_backend
+from cellmill.models.base import CellModel, parameter_counts, total_loss
+from cellmill.models.packing import Layout, Packing
 from cellmill.recipes import ModelRecipe
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.statistics import compute_statistics
 from small_runs import META, N_GENES, make_corpus
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, mm_flop
 
 PUBLISHED = {
     ("scgpt", "whole-human"): 51_856_898,
@@ -27,6 +32,9 @@ PUBLISHED = {
 }
 DIAL = {"tiny": 1e6, "small": 10e6, "base": 50e6}
 ASKED = 40
+STEPS = (None, 3, 10**6)
+"""Validation, and training before and after scGPT's second pass joins."""
+PACKINGS = {"padded": Packing("padded"), "grain": Packing(grain=256)}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +73,28 @@ def hidden(cells: CellBatch) -> tuple[CellBatch, np.ndarray]:
         visible = shown.genes[offsets[row] : offsets[row + 1]]
         asked.append(np.setdiff1d(np.arange(N_GENES), visible)[:: N_GENES // 100][:ASKED])
     return shown, np.stack(asked)
+
+
+@contextmanager
+def packed_by(model: CellModel, packing: Packing) -> Iterator[None]:
+    """Lay out cells in another way."""
+    usual, model.packing = model.packing, packing
+    try:
+        yield
+    finally:
+        model.packing = usual
+
+
+def losses_and_gradient(model: CellModel, cells: CellBatch, step: int | None) -> tuple[dict, torch.Tensor]:
+    """Sums of a step's terms, and one vector of the gradients of all parameters."""
+    model.zero_grad()
+    terms = model(model.pretrain_inputs(cells, seed=1, step=step), step=step)
+    total_loss(terms).backward()
+    gradient = torch.cat(
+        [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in model.parameters()]
+    )
+    model.zero_grad()
+    return {name: float(term.sum.detach()) for name, term in terms.items()}, gradient
 
 
 def test_published_parameter_counts():
@@ -116,9 +146,95 @@ def test_the_loss_is_a_sum_over_cells(model, cells):
 def test_training_and_validation_draw_what_they_should(model, cells):
     """A step's inputs are a function of seed and step; another step hides other genes."""
     first, again, other = (model.pretrain_inputs(cells, seed=1, step=step) for step in (3, 3, 4))
-    for name in first:
-        torch.testing.assert_close(first[name], again[name], rtol=0, atol=0)
-    assert any(first[name].shape != other[name].shape or not torch.equal(first[name], other[name]) for name in first)
+    assert same(first, again)
+    assert not same(first, other)
+
+
+def same(one: dict, other: dict) -> bool:
+    """Whether inputs are equal to the bit."""
+    for name, value in one.items():
+        if isinstance(value, Layout):
+            equal = np.array_equal(value.lengths, other[name].lengths)
+        else:
+            equal = torch.equal(value, other[name])
+        if not equal:
+            return False
+    return one.keys() == other.keys()
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS)
+def test_layouts_give_the_same_losses_and_gradients(model, cells, packing, step):
+    losses, gradient = losses_and_gradient(model, cells, step)
+    with packed_by(model, packing):
+        again, gradient_again = losses_and_gradient(model, cells, step)
+    assert again == pytest.approx(losses, rel=1e-5)
+    assert float((gradient - gradient_again).norm()) < 1e-5 * float(gradient.norm())
+
+
+@pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS)
+def test_layouts_give_the_same_readings(model, cells, packing):
+    shown, asked_BQ = hidden(cells)
+    found = []
+    for each in (model.packing, packing):
+        with packed_by(model, each), torch.inference_mode():
+            inputs = model.embed_inputs(cells)
+            states = model.gene_states(inputs)
+            found.append([model.embed_cells(inputs, pooling) for pooling in model.poolings])
+            found[-1] += [*model.impute(model.impute_inputs(shown, asked_BQ)), *states]
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_counts_are_known_before_the_loss(model, cells, step):
+    inputs = model.pretrain_inputs(cells, seed=1, step=step)
+    with torch.inference_mode():
+        terms = model(inputs, step=step)
+    counts = model.loss_counts(inputs, step=step)
+    assert {name: float(count) for name, count in counts.items()} == {n: float(t.count) for n, t in terms.items()}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_no_cell_takes_more_tokens_than_said(model, cells, step):
+    """Of every layout that a cell's tokens pass the body in; what a cell is asked for passes its end alone."""
+    lengths_B = model.token_lengths(cells)
+    assert lengths_B.dtype == np.int64
+    assert lengths_B.shape == (len(cells),)
+    for row, length in enumerate(lengths_B):
+        inputs = model.pretrain_inputs(cells.take([row]), seed=1, step=step)
+        assert 0 < (inputs["layout"].n_tokens if "layout" in inputs else 1) <= length
+
+
+def not_vocabulary(flops):
+    """The operations of a product, 0 where its columns are the vocabulary."""
+
+    def count(*shapes, out_shape=None, **kwargs):
+        return 0 if out_shape[-1] >= N_GENES else flops(*shapes, out_shape=out_shape, **kwargs)
+
+    return count
+
+
+@pytest.mark.parametrize("name", architectures())
+def test_operations_of_the_body(name, cells, statistics):
+    """Within 20 % of torch's count of a forward pass of the preset "small", cell by cell and without padding."""
+    model = build_model(ModelRecipe(architecture=name, preset="small"), N_GENES, statistics, seed=1).eval()
+    mapping = {torch.ops.aten.mm: not_vocabulary(mm_flop), torch.ops.aten.addmm: not_vocabulary(addmm_flop)}
+    inputs = model.pretrain_inputs(cells.take(np.arange(2)), seed=1, step=10**6)
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    with torch.no_grad(), attention_backend("reference"), counter:
+        model(inputs, step=10**6)
+    assert model.body_flops(inputs, step=10**6) == pytest.approx(counter.get_total_flops(), rel=0.2)
+
+
+def test_bfloat16_gives_nearly_the_same_loss(model, cells):
+    inputs = model.pretrain_inputs(cells, seed=1, step=3)
+    with torch.inference_mode():
+        exact = model(inputs, step=3)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(inputs, step=3)
+    for name, term in exact.items():
+        assert rounded[name].sum.dtype == torch.float32
+        assert float(rounded[name].sum) == pytest.approx(float(term.sum), rel=0.02), name
 
 
 def test_every_parameter_of_the_objective_learns(model, cells):
