@@ -26,9 +26,10 @@ from cellmill import __version__
 from cellmill.checkpoints import build_model, save_checkpoint, vocabulary_hash
 from cellmill.device import EXACT, set_up_torch
 from cellmill.errors import CellmillError
-from cellmill.evaluate_loss import mean_losses, spread_batches
+from cellmill.evaluate_loss import TOKENS, mean_losses, spread_batches
 from cellmill.files import atomic
 from cellmill.models.base import GeneStatistics, Inputs, Losses, LossTerm, total_loss
+from cellmill.models.packing import Packing
 from cellmill.progress import Progress
 from cellmill.provenance import content_hash
 from cellmill.recipes import ModelRecipe
@@ -37,9 +38,9 @@ from cellmill.shards.dataset import Shards
 from cellmill.shards.loader import Loader
 from cellmill.training.log import LOG, MACHINE, Log
 from cellmill.training.meter import Meter
-from cellmill.training.micro_batches import Step, packing, views
+from cellmill.training.micro_batches import Step, few_shapes, views
 from cellmill.training.optimizer import learning_rate, make_optimizer
-from cellmill.training.parallel import Ranks, Wrapped, fill, whole_tensors, wrap
+from cellmill.training.parallel import Ranks, Wrapped, fill, shared_losses, whole_model, whole_tensors, wrap
 from cellmill.training.precision import is_compiled, prepare_blocks
 from cellmill.training.state import Aside, State, load_state, save_state
 
@@ -98,6 +99,8 @@ def pretrain(
         Progress(f"{name} seed {seed}", training.batch_size * training.steps, n_done, ranks.main) as bar,
     ):
         run = _Run(shards, statistics, recipe, seed, ranks)
+        if ranks.world > 1:
+            bar.say(f"{ranks.world} ranks, {training.parallel} over {ranks.kind}")
         with run.loader:
             for remark in remarks:
                 bar.say(remark)
@@ -105,8 +108,8 @@ def pretrain(
                 run.restore(found)
                 bar.say(f"goes on from step {run.step} of {training.steps}")
             run.train(state, fingerprint, bar)
+        model = whole_model(run.wrapped, lambda: build_model(recipe, shards.n_genes, statistics, seed))
         if not ranks.main:
-            whole_tensors(run.model)
             return
         provenance = {
             **meta,
@@ -119,7 +122,7 @@ def pretrain(
             "datasets": sorted(set().union(*(shards.datasets(split) for split in shards.splits))),
             "shards_hash": content_hash(shards.manifest),
         }
-        save_checkpoint(out, run.model, provenance)
+        save_checkpoint(out, model, provenance)
         with atomic(out / LOG) as path:
             pq.write_table(run.log.table(), path)
         shutil.rmtree(state, ignore_errors=True)
@@ -135,8 +138,13 @@ class _Run:
         self.training, self.seed, self.ranks = training, seed, ranks
         self.device, self.autocast = set_up_torch(training)
         self.model = build_model(recipe, shards.n_genes, statistics, seed).to(self.device)
-        self.limit = 16384 if training.micro_batch_tokens == "auto" else training.micro_batch_tokens
-        self.model.packing = packing(training, self.limit, is_compiled(training, self.device))
+        self.limit = TOKENS if training.micro_batch_tokens == "auto" else training.micro_batch_tokens
+        if is_compiled(training, self.device):
+            usual = next(shards.batches("train", training.batch_size // ranks.world, categories=self.model.categories))
+            tokens = max(int(self.model.token_lengths(usual).sum()), training.batch_tokens or 0)
+            self.model.packing = few_shapes(min(self.limit, tokens))
+        else:
+            self.model.packing = Packing(training.packing)
         prepare_blocks(self.model, training, self.device)
         self.wrapped = wrap(self.model, training, ranks)
         self.optimizer = make_optimizer(self.model, training)
@@ -269,7 +277,12 @@ class _Run:
     def _validate(self) -> None:
         if self.validation:
             with self.meter.paused():
-                losses = mean_losses(self.model, self.validation, self.seed, self.autocast, limit=self.limit)
+                if self.ranks.world == 1:
+                    losses = mean_losses(self.model, self.validation, self.seed, self.autocast, limit=self.limit)
+                else:
+                    losses = shared_losses(
+                        self.wrapped, self.validation, self.seed, self.autocast, self.limit, self.ranks
+                    )
             self.log.add(self.step, "validation", losses, self.seconds)
 
 
