@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cellmill.errors import CellmillError
+from cellmill.models import geneformer
 from cellmill.models.base import parameter_counts, total_loss
 from cellmill.models.geneformer import CLS, EOS, MASK, PAD, Geneformer
 from cellmill.models.packing import PACKED, Packing
@@ -162,17 +163,29 @@ def test_masking_rates_over_ten_thousand_cells(blood):
     assert per_cell.std() == pytest.approx(np.sqrt(100 * 0.15 * 0.85), rel=0.05)
 
 
-def test_objective_by_hand():
-    """Cross-entropy, at the masked positions alone, of given logits."""
-    model = tiny("V1", 8, [1.0, 1.0, 1.0])
-    logits_MT = torch.tensor([[0.0, 1.0, 2.0, 0.5, -1.0], [3.0, 0.0, 0.0, 0.0, 0.0]])
-    model.name = lambda x_MD: logits_MT
-    inputs = of_lists([[2, 1, 4]])
-    inputs |= {"positions": torch.tensor([1, 2]), "targets": torch.tensor([3, 4]), "layout_asked": PACKED.layout([2])}
+@pytest.mark.parametrize("rows", [2, 1024])
+def test_objective_by_hand(rows, monkeypatch):
+    """Cross-entropy at the masked positions alone, loss and gradients, however few logits are held at once."""
+    monkeypatch.setattr(geneformer, "LOGIT_ROWS", rows)
+    model = tiny("V1", 8, [1.0] * 5)
+    torch.nn.init.normal_(model.head_bias)
+    torch.nn.init.normal_(model.word_embeddings.weight)
+    inputs = of_lists([[2, 1, 4, 6, 1]])
+    inputs |= {"positions": torch.tensor([1, 2, 4]), "targets": torch.tensor([3, 4, 6])}
+    inputs["layout_asked"] = PACKED.layout([3])
     term = model(inputs)["mlm"]
-    first = np.log(np.exp([0.0, 1.0, 2.0, 0.5, -1.0]).sum()) - 0.5
-    assert term.sum.item() == pytest.approx(first + np.log(np.exp(3) + 4))
-    assert term.count == 2
+    logits_NT = model.name(model.encode(inputs["tokens"], inputs["layout"], 2)).double()
+    expected = sum(
+        torch.log(torch.exp(logits_NT[slot]).sum()) - logits_NT[slot, target]
+        for slot, target in ((1, 3), (2, 4), (4, 6))
+    )
+    assert term.sum.item() == pytest.approx(expected.item())
+    assert term.count == 3
+    found, wanted = (torch.autograd.grad(3 * loss, list(model.parameters())) for loss in (term.sum, expected))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        assert model(inputs)["mlm"].sum.item() == pytest.approx(expected.item())
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("tiny", 1), ("small", 10), ("base", 50)])
@@ -381,12 +394,11 @@ def test_imputation_learns(blood):
 def test_the_last_layer_is_asked_only_where_it_is_needed(model, blood):
     """Loss and gradients are those of the whole last layer."""
     inputs = model.eval().pretrain_inputs(blood.slice(0, 6), seed=0, step=1)
-    found = []
-    for where in ((inputs["positions"], inputs["layout_asked"]), ()):
-        x_ND = model.encode(inputs["tokens"], inputs["layout"], 2, *where)
-        x_MD = x_ND if where else x_ND[inputs["positions"]]
-        loss = F.cross_entropy(model.name(x_MD), inputs["targets"])
-        found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    loss = total_loss(model(inputs))
+    found = [(loss, *torch.autograd.grad(loss, list(model.parameters())))]
+    x_ND = model.encode(inputs["tokens"], inputs["layout"], 2)
+    loss = F.cross_entropy(model.name(x_ND[inputs["positions"]]), inputs["targets"])
+    found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
     for few, whole in zip(*found, strict=True):
         torch.testing.assert_close(few, whole, atol=1e-6, rtol=1e-4)
 

@@ -45,8 +45,8 @@ from cellmill.views.ragged import Genes
 PAD, MASK, CLS, EOS = 0, 1, 2, 3
 NORM_EPS = 1e-12
 INIT_STD = 0.02
-LOGIT_ROWS = 1024
-"""Masks that are named at once when many are asked, so that memory stays small."""
+LOGIT_ROWS = 512
+"""Masked positions that are named at once, so that memory stays small: each takes a row of T logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,15 +235,20 @@ class Geneformer(CellModel):
             x_ND = layer(x_ND, layout)
         return self.layers[n_layers - 1](x_ND, layout, at_M, asked)
 
+    def transform(self, x_MD: Tensor) -> Tensor:
+        """[M, D], what the decoder reads, from states of the last layer."""
+        return self.head_norm(F.relu(self.head_transform(x_MD)))
+
     def name(self, x_MD: Tensor) -> Tensor:
         """[M, T], the logits of every token of the vocabulary, from states of the last layer."""
-        x_MD = self.head_norm(F.relu(self.head_transform(x_MD)))
-        return F.linear(x_MD, self.word_embeddings.weight, self.head_bias).float()
+        return F.linear(self.transform(x_MD), self.word_embeddings.weight, self.head_bias).float()
 
     def forward(self, inputs: Inputs, *, step: int | None = None) -> Losses:
         """`mlm`: cross-entropy over the vocabulary, computed at the masked positions only (nats)."""
-        x_MD = self._asked(inputs)[: len(inputs["targets"])]
-        return {"mlm": _term(F.cross_entropy(self.name(x_MD), inputs["targets"], reduction="sum"), inputs)}
+        x_MD, targets_M = self._asked(inputs)[: len(inputs["targets"])], inputs["targets"]
+        decoder = self.word_embeddings.weight, self.head_bias
+        total = _CrossEntropy.apply(self.transform(x_MD), *decoder, targets_M, torch.is_grad_enabled())
+        return {"mlm": _term(total, inputs)}
 
     def _asked(self, inputs: Inputs) -> Tensor:
         """[M, D], the last layer's states at the positions that are asked."""
@@ -348,6 +353,40 @@ class Geneformer(CellModel):
         """`mlm` when every masked gene is predicted by the corpus's gene frequencies."""
         genes_M = inputs["targets"] - self.n_specials
         return {"mlm": _term(-trivial.to(genes_M.device)[genes_M].sum(), inputs)}
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of linear logits, `LOGIT_ROWS` at a time.
+
+    All logits, their softmax and its gradient would take more memory than the rest of the model. So the gradients are
+    made with the loss, from the same few logits.
+    """
+
+    @staticmethod
+    def forward(ctx, x_MD, weight_TD, bias_T, targets_M, with_gradients):
+        x, weight = in_compute_dtype(x_MD), in_compute_dtype(weight_TD)
+        total = bias_T.new_zeros(())
+        dx, dweight, dbias = torch.empty_like(x), torch.zeros_like(weight_TD), torch.zeros_like(bias_T)
+        for first in range(0, len(x), LOGIT_ROWS):
+            rows = slice(first, first + LOGIT_ROWS)
+            target_M1 = targets_M[rows, None]
+            log_p_MT = (x[rows] @ weight.mT).float().add_(bias_T).log_softmax(1)
+            total -= log_p_MT.gather(1, target_M1).sum()
+            if with_gradients:
+                dlogits_MT = log_p_MT.exp_()
+                dlogits_MT.scatter_add_(1, target_M1, dlogits_MT.new_full(target_M1.shape, -1))
+                dbias += dlogits_MT.sum(0)
+                dlogits_MT = dlogits_MT.to(x.dtype)
+                dx[rows] = dlogits_MT @ weight
+                dweight += dlogits_MT.mT @ x[rows]
+        ctx.dtype = x_MD.dtype
+        ctx.save_for_backward(dx, dweight, dbias)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        dx, dweight, dbias = ctx.saved_tensors
+        return (dx * scale).to(ctx.dtype), dweight * scale, dbias * scale, None, None
 
 
 def _term(total: Tensor, inputs: Inputs) -> LossTerm:
