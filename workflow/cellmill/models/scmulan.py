@@ -46,8 +46,9 @@ from cellmill.models.base import (
     LossTerm,
     in_compute_dtype,
 )
-from cellmill.models.packing import Layout, uniform
+from cellmill.models.packing import PACKED, Layout
 from cellmill.models.scmulan_cache import Cache
+from cellmill.models.scmulan_genes import gene_tokens
 from cellmill.models.scmulan_objective import objective, over_answers, questions
 from cellmill.shards.batch import CellBatch
 from cellmill.views import scmulan as views
@@ -60,9 +61,6 @@ N_TASKS = 16
 TYPE_LEVELS = 2
 """Cell type words that an annotation has at most: a coarse one and a fine one."""
 INIT_STD = 0.02
-MEAN_BINS = 20
-MIN_CELLS = 10
-"""A gene of fewer training cells is taken only where there are no others left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +191,7 @@ class Scmulan(CellModel):
         self.entity_head = nn.Linear(sizes.width, self.n_tokens, bias=False)
         self.value_head = nn.Linear(sizes.width, self.n_tokens, bias=False)
         self._initialise()
-        self.register_buffer("token_V", _gene_tokens(n_genes, sizes.n_model_genes, statistics))
+        self.register_buffer("token_V", gene_tokens(n_genes, sizes.n_model_genes, statistics))
         self._tokens: views.Tokens | None = None
 
     def _initialise(self) -> None:
@@ -314,7 +312,8 @@ class Scmulan(CellModel):
     def encode_last(self, inputs: Inputs) -> Tensor:
         """float32 [B, D], the last state of each cell's last word, of which the last layer computes no other's."""
         layout = inputs["layout"]
-        return self.encode(inputs, last_words(layout), uniform(len(layout), 1).to(layout.device))
+        one_B = PACKED.layout(np.ones(len(layout), np.int64))
+        return self.encode(inputs, last_words(layout), one_B.to(layout.device))
 
     def read(self, inputs: Inputs, further: int) -> tuple[Tensor, Cache]:
         """Read sentences, to be continued by `further` words: float32 [N, D], the last states, and what is kept."""
@@ -515,35 +514,6 @@ def last_words(layout: Layout) -> Tensor:
 
 def _counts(tokens_N: np.ndarray, n_tokens: int) -> np.ndarray:
     return np.bincount(tokens_N, minlength=n_tokens)
-
-
-def _gene_tokens(n_genes: int, n_model_genes: int, statistics: GeneStatistics | None) -> Tensor:
-    """int32 [V], the token of each gene of the vocabulary, -1 where it is no word."""
-    if n_genes <= n_model_genes:
-        return torch.arange(1, n_genes + 1, dtype=torch.int32)
-    token_V = torch.full((n_genes,), -1, dtype=torch.int32)
-    if statistics is not None:
-        genes_G = most_variable(statistics, n_model_genes)
-        token_V[torch.from_numpy(genes_G)] = torch.arange(1, len(genes_G) + 1, dtype=torch.int32)
-    return token_V
-
-
-def most_variable(statistics: GeneStatistics, n: int) -> np.ndarray:
-    """The n most variable genes, int64, ascending; fewer where fewer are expressed.
-
-    Normalised dispersion (Satija et al., Nature Biotechnology 33, 495 (2015)): variance over mean of log1p(CP10k),
-    standardised among the genes of similar mean, in 20 bins of equally many genes.
-    """
-    mean_V, std_V = statistics.mean_log1p_cp10k.double().numpy(), statistics.std_log1p_cp10k.double().numpy()
-    genes_G = np.flatnonzero(np.isfinite(mean_V) & np.isfinite(std_V) & (mean_V > 0))
-    dispersion_G = std_V[genes_G] ** 2 / mean_V[genes_G]
-    bin_G = np.argsort(np.argsort(mean_V[genes_G], kind="stable")) * MEAN_BINS // max(len(genes_G), 1)
-    size_Q = np.maximum(np.bincount(bin_G, minlength=MEAN_BINS), 1)
-    mean_Q = np.bincount(bin_G, dispersion_G, MEAN_BINS) / size_Q
-    spread_Q = np.sqrt(np.bincount(bin_G, (dispersion_G - mean_Q[bin_G]) ** 2, MEAN_BINS) / size_Q)
-    z_G = (dispersion_G - mean_Q[bin_G]) / np.maximum(spread_Q[bin_G], 1e-12)
-    rare_G = statistics.nonzero_cells.numpy()[genes_G] < MIN_CELLS
-    return np.sort(genes_G[np.lexsort((-z_G, rare_G))[:n]])
 
 
 MODEL = Scmulan
