@@ -28,15 +28,16 @@ def attention_backend(name: str) -> Iterator[None]:
 
 
 def _choose(q_NHK: Tensor, own: Own, pattern: Pattern, dropout: float) -> str:
-    """The fastest way for a device and mask that can do what is asked."""
-    if dropout:
-        return "padded"  # the only one that drops weights fast
+    """The fastest way for a device and mask that can do what is asked: measured on a CPU, careful on a GPU."""
     if q_NHK.device.type == "cpu":
-        return "cells"
+        if own is not None:
+            return "padded" if dropout else "cells"
+        trained = torch.is_grad_enabled() and q_NHK.requires_grad
+        return "cells" if trained and q_NHK.dtype == torch.bfloat16 and not dropout else "sdpa"
     matrices = pattern.queries.width is not None or pattern.keys.width is not None
-    if own is None and not matrices and q_NHK.dtype in (torch.bfloat16, torch.float16):
-        return "varlen"
-    return "padded" if matrices or q_NHK.dtype == torch.float32 else "flex"
+    if dropout or matrices or q_NHK.dtype not in (torch.bfloat16, torch.float16):
+        return "padded"  # the only one that drops weights, and sure in float32
+    return "varlen" if own is None else "flex"
 
 
 @torch.compiler.disable

@@ -5,11 +5,16 @@ Each takes the same arguments and gives the same numbers, forward and backward, 
 * ``reference``: plain products and a float32 softmax, cell after cell. For tests.
 * ``padded``: torch's scaled_dot_product_attention over a padded matrix with a mask. Runs everywhere, drops attention
   weights where asked, and pays for padding.
-* ``cells``: cell after cell, by matrix products of the tensors' own type, the weights computed again in the backward
-  pass. For CPUs: there torch's flash kernel takes 2 to 3 times as long in bfloat16, as it does not use the matrix unit
-  in its backward pass (``tests/bench/run.py attention``).
-* ``varlen``: torch's variable-length flash attention. For bfloat16 on a GPU.
-* ``flex``: torch's FlexAttention with a mask of cells; compiled on a GPU.
+* ``sdpa``: the same function cell after cell, without padding. On a CPU it is the fastest in float32 and, forward, in
+  bfloat16.
+* ``cells``: cell after cell; forward as ``sdpa``, backward by matrix products of the tensors' own type, from weights
+  that are computed again. For bfloat16 on a CPU, where the backward pass of torch's kernel does not use the matrix unit
+  (``tests/bench/run.py attention``), and for queries with a key of their own.
+* ``varlen``: torch's variable-length flash attention. For bfloat16 and float16 on a GPU.
+* ``flex``: torch's FlexAttention with a mask of cells; compiled on a GPU, forward only on a CPU.
+
+Untested as yet, for want of a GPU: ``varlen``, and ``flex`` compiled and backward; ``tests/unit/test_attention.py``
+runs them where there is one.
 
 Legend: B cells, N query slots, S key slots, L queries and P keys of one cell, H heads, K width of a head.
 """
@@ -22,10 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cellmill.models.attention_cells import attend_cells, hidden_keys, sdpa_cells
 from cellmill.models.packing import Layout
-
-ALIGNED = 32
-"""Rows of attention weights are as long as a multiple of this many values: matrix units like it."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def reference(q_NHK: Tensor, k_SHK: Tensor, v_SHK: Tensor, own: Own, pattern: Pa
         q, k, v = (x.transpose(0, 1).float() for x in (q_NHK[q0:q1], k_SHK[k0:k1], v_SHK[k0:k1]))
         logits_HLP = q @ k.mT * q.shape[2] ** -0.5
         if pattern.causal:
-            logits_HLP = logits_HLP.masked_fill(_hidden(q1 - q0, k1 - k0, q.device), -torch.inf)
+            logits_HLP = logits_HLP.masked_fill(hidden_keys(q1 - q0, k1 - k0, q.device), -torch.inf)
         if own is not None:
             own_k, own_v = (x[q0:q1].transpose(0, 1).float() for x in own)
             logits_HLP = torch.cat([logits_HLP, (q * own_k).sum(2, keepdim=True) * q.shape[2] ** -0.5], 2)
@@ -73,12 +76,6 @@ def reference(q_NHK: Tensor, k_SHK: Tensor, v_SHK: Tensor, own: Own, pattern: Pa
         index = torch.arange(q0, q1, device=q.device)
         out_NHK = out_NHK.index_copy(0, index, context_HLK.transpose(0, 1).to(out_NHK.dtype))
     return out_NHK
-
-
-def _hidden(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
-    """Bool [L, P], the keys that a causal query does not see."""
-    ones_LP = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
-    return ones_LP.triu(n_keys - n_queries + 1)
 
 
 # --- padded ----------------------------------------------------------------------------------------------------------
@@ -111,102 +108,24 @@ def padded(q_NHK: Tensor, k_SHK: Tensor, v_SHK: Tensor, own: Own, pattern: Patte
     return queries.from_matrix(context_BHLK.transpose(1, 2))
 
 
+# --- sdpa ------------------------------------------------------------------------------------------------------------
+
+
+def sdpa(q_NHK: Tensor, k_SHK: Tensor, v_SHK: Tensor, own: Own, pattern: Pattern, dropout: float) -> Tensor:
+    """As `reference`, for queries without a key of their own."""
+    if own is not None:
+        raise ValueError("torch's attention cell after cell gives queries no key of their own")
+    return sdpa_cells(q_NHK, k_SHK, v_SHK, pattern.queries, pattern.keys, pattern.causal, dropout)
+
+
 # --- cells -----------------------------------------------------------------------------------------------------------
 
 
 def cells(q_NHK: Tensor, k_SHK: Tensor, v_SHK: Tensor, own: Own, pattern: Pattern, dropout: float) -> Tensor:
-    """As `reference`, without dropout."""
+    """As `reference`, without dropout; see `cellmill.models.attention_cells`."""
     if dropout:
         raise ValueError("attention by cells drops no weights")
-    q_HNK = (q_NHK * q_NHK.shape[2] ** -0.5).transpose(0, 1).contiguous()
-    k_HSK, v_HSK = k_SHK.transpose(0, 1).contiguous(), v_SHK.transpose(0, 1).contiguous()
-    own_logit_HN = own_v_HNK = None
-    if own is not None:
-        own_v_HNK = own[1].transpose(0, 1)
-        own_logit_HN = (q_HNK * own[0].transpose(0, 1)).sum(2)
-    return _Cells.apply(q_HNK, k_HSK, v_HSK, own_logit_HN, own_v_HNK, pattern).transpose(0, 1)
-
-
-class _Cells(torch.autograd.Function):
-    """Context [H, N, K] of scaled queries."""
-
-    @staticmethod
-    def forward(ctx, q_HNK, k_HSK, v_HSK, own_logit_HN, own_v_HNK, pattern):
-        ctx.save_for_backward(q_HNK, k_HSK, v_HSK, own_logit_HN, own_v_HNK)
-        ctx.pattern = pattern
-        out_HNK = torch.zeros_like(q_HNK)
-        room = _room(q_HNK, pattern, own_logit_HN is not None)
-        for q, k in _ranges(pattern, own_logit_HN is not None):
-            p_HLP = _weights(q_HNK[:, q], k_HSK[:, k], _cut(own_logit_HN, q), pattern.causal, room)
-            n_keys = k.stop - k.start
-            out_HNK[:, q] = torch.bmm(p_HLP[:, :, :n_keys], v_HSK[:, k])
-            if own_v_HNK is not None:
-                out_HNK[:, q] += p_HLP[:, :, n_keys : n_keys + 1] * own_v_HNK[:, q]
-        return out_HNK
-
-    @staticmethod
-    def backward(ctx, grad_HNK):
-        q_HNK, k_HSK, v_HSK, own_logit_HN, own_v_HNK = ctx.saved_tensors
-        pattern, has_own = ctx.pattern, own_logit_HN is not None
-        grad_HNK = grad_HNK.contiguous()
-        dq, dk, dv = torch.zeros_like(q_HNK), torch.zeros_like(k_HSK), torch.zeros_like(v_HSK)
-        d_logit = torch.zeros_like(own_logit_HN) if has_own else None
-        d_own_v = torch.zeros_like(grad_HNK) if has_own else None
-        room, other = (_room(q_HNK, pattern, has_own) for _ in range(2))
-        for q, k in _ranges(pattern, has_own):
-            p_HLP = _weights(q_HNK[:, q], k_HSK[:, k], _cut(own_logit_HN, q), pattern.causal, room)
-            n_keys, g_HLK = k.stop - k.start, grad_HNK[:, q]
-            d_HLP = other[: p_HLP.numel()].view(p_HLP.shape)
-            d_HLP[:, :, n_keys:] = 0
-            torch.bmm(g_HLK, v_HSK[:, k].mT, out=d_HLP[:, :, :n_keys])
-            if has_own:
-                d_HLP[:, :, n_keys] = (g_HLK * own_v_HNK[:, q]).sum(2)
-                d_own_v[:, q] = p_HLP[:, :, n_keys : n_keys + 1] * g_HLK
-            dv[:, k] = torch.bmm(p_HLP[:, :, :n_keys].mT, g_HLK)
-            torch.ops.aten._softmax_backward_data.out(d_HLP, p_HLP, -1, d_HLP.dtype, grad_input=d_HLP)
-            dq[:, q] = torch.bmm(d_HLP[:, :, :n_keys], k_HSK[:, k])
-            dk[:, k] = torch.bmm(d_HLP[:, :, :n_keys].mT, q_HNK[:, q])
-            if has_own:
-                d_logit[:, q] = d_HLP[:, :, n_keys]
-        return dq, dk, dv, d_logit, d_own_v, None
-
-
-def _weights(q_HLK: Tensor, k_HPK: Tensor, own_logit_HL: Tensor | None, causal: bool, room: Tensor) -> Tensor:
-    """Attention weights of one cell [H, L, at least P], in `room`: of the keys, of a query itself, then zeros."""
-    n_heads, n_queries, _ = q_HLK.shape
-    n_keys = k_HPK.shape[1]
-    width = _aligned(n_keys + (own_logit_HL is not None))
-    p_HLP = room[: n_heads * n_queries * width].view(n_heads, n_queries, width)
-    p_HLP[:, :, n_keys:] = -torch.inf
-    torch.bmm(q_HLK, k_HPK.mT, out=p_HLP[:, :, :n_keys])
-    if causal:
-        p_HLP[:, :, :n_keys].masked_fill_(_hidden(n_queries, n_keys, p_HLP.device), -torch.inf)
-    if own_logit_HL is not None:
-        p_HLP[:, :, n_keys] = own_logit_HL
-    return torch.softmax(p_HLP, -1, out=p_HLP)
-
-
-def _aligned(n: int) -> int:
-    return -(-n // ALIGNED) * ALIGNED
-
-
-def _room(q_HNK: Tensor, pattern: Pattern, has_own: bool) -> Tensor:
-    """Room for the weights of any one cell, used by all in turn: new memory costs more than the arithmetic."""
-    sizes_B = pattern.queries.lengths * (-(-(pattern.keys.lengths + has_own) // ALIGNED) * ALIGNED)
-    return q_HNK.new_empty(q_HNK.shape[0] * int(sizes_B.max(initial=0)))
-
-
-def _ranges(pattern: Pattern, has_own: bool):
-    """Slices of the queries and keys of each cell that has any."""
-    queries, keys = pattern.queries, pattern.keys
-    bounds = (queries.starts, queries.ends, keys.starts, keys.ends)
-    for q0, q1, k0, k1 in zip(*(bound.tolist() for bound in bounds), strict=True):
-        if q1 > q0 and (k1 > k0 or has_own):
-            yield slice(q0, q1), slice(k0, k1)
-
-
-def _cut(x_HN: Tensor | None, q: slice) -> Tensor | None:
-    return None if x_HN is None else x_HN[:, q]
+    return attend_cells(q_NHK, k_SHK, v_SHK, own, pattern.queries, pattern.keys, pattern.causal)
 
 
 # --- varlen ----------------------------------------------------------------------------------------------------------
@@ -282,4 +201,4 @@ def _block_mask(pattern: Pattern, has_own: bool):
     return queries.masks[key][1]
 
 
-BACKENDS = {"reference": reference, "padded": padded, "cells": cells, "varlen": varlen, "flex": flex}
+BACKENDS = {"reference": reference, "padded": padded, "sdpa": sdpa, "cells": cells, "varlen": varlen, "flex": flex}
