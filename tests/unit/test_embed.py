@@ -61,6 +61,17 @@ def test_cells_without_genes_are_embedded(models, data, tmp_path, name):
             np.testing.assert_allclose(x_BE[empty], x_BE[empty[:1]].repeat(3, axis=0), atol=1e-6)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_bfloat16_embeds_alike_and_says_float32(models, whole, name):
+    exact = embed_shards(models[name], whole, "all", 64, progress=False)
+    rounded = embed_shards(models[name], whole, "all", 64, progress=False, precision="bfloat16")
+    assert rounded.dtype == np.float32
+    similarity = (exact * rounded).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(rounded, axis=1)
+    assert similarity.min() > 0.999
+    assert not np.array_equal(exact, rounded)
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_the_model_is_left_in_its_mode(models, whole):
     model = models["scgpt"].train()
     embed_shards(model, whole, "all", 64, progress=False)
