@@ -11,7 +11,6 @@ predicted positions are known before the first forward pass, so every micro batc
 
 import dataclasses
 import hashlib
-import math
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,9 +35,11 @@ from cellmill.recipes import ModelRecipe
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.dataset import Shards
 from cellmill.shards.loader import Loader
+from cellmill.training.guard import Guard, largest_norms
 from cellmill.training.log import LOG, MACHINE, Log
-from cellmill.training.meter import Meter
+from cellmill.training.meter import Meter, note
 from cellmill.training.micro_batches import Step, few_shapes, views
+from cellmill.training.offending_batch import OffendingBatch, datasets_of, describe_model, stopped
 from cellmill.training.optimizer import learning_rate, make_optimizer
 from cellmill.training.parallel import Ranks, Wrapped, fill, shared_losses, whole_model, whole_tensors, wrap
 from cellmill.training.precision import is_compiled, prepare_blocks
@@ -115,7 +116,7 @@ def pretrain(
             **meta,
             "name": name,
             "seed": seed,
-            "steps": training.steps,
+            "steps": run.step,
             "recipe": {key: value for key, value in dataclasses.asdict(recipe).items() if key != "embedding"},
             "corpus": {"organism": shards.manifest["organism"], "census": shards.manifest["census"]},
             "primary_only": shards.primary_only,
@@ -135,6 +136,7 @@ class _Run:
         self, shards: Shards, statistics: GeneStatistics, recipe: ModelRecipe, seed: int, ranks: Ranks | None = None
     ):
         training, ranks = recipe.training, ranks or Ranks()
+        self.shards, self.architecture, self.guard = shards, recipe.architecture, Guard(training)
         self.training, self.seed, self.ranks = training, seed, ranks
         self.device, self.autocast = set_up_torch(training)
         self.model = build_model(recipe, shards.n_genes, statistics, seed).to(self.device)
@@ -155,7 +157,7 @@ class _Run:
             size, n_cells = training.batch_size, training.validation_cells
             self.validation = list(spread_batches(shards, "validation", size, n_cells, categories))
         self.beside = dist.new_group(backend="gloo") if training.batch_tokens and ranks.world > 1 else None
-        self.log = Log()
+        self.log, self.speed = Log(), ""
         self.meter = Meter(self.device, torch.float32 if self.autocast is EXACT else torch.bfloat16, ranks)
         self.step, self.cells, self.genes = 0, 0, 0
         self.seconds_before, self.began = 0.0, time.monotonic()
@@ -169,12 +171,13 @@ class _Run:
     def train(self, folder: Path, fingerprint: str, progress: Progress) -> None:
         """Take the steps that are left; validate, log and save states (under `folder`) on the way."""
         training = self.training
+        progress.say(self.meter.explain())
         if self.step == 0:
             self._validate()
         self.model.train()
         with Aside() as saving, ThreadPoolExecutor(1, "cellmill-views") as ahead:  # makes the views of the next step
             coming = ahead.submit(self.prepare, self.step)
-            while self.step < training.steps:
+            while self.step < training.steps and not self.guard.out_of_patience:
                 now = coming.result()
                 if self.step + 1 < training.steps:
                     coming = ahead.submit(self.prepare, self.step + 1)
@@ -182,11 +185,15 @@ class _Run:
                     measured = self.update(now.parts, len(now.cells.genes))
                     self.meter.count(self.model, now.parts, len(now.cells), self.step)
                 self.step, self.cells = self.step + 1, self.cells + now.n_cells
-                loss = self._record(measured)
-                progress.update(self.step * training.batch_size, f"step {self.step}, loss {loss:.4f}")
+                loss = self._record(measured, now, folder)
+                progress.update(self.step * training.batch_size, f"step {self.step}, loss {loss:.4f}", self.speed)
                 last = self.step == training.steps
                 if last or self.step % training.validate_every == 0:
                     self._validate()
+                if self.guard.out_of_patience:
+                    last = True
+                    self.log.add(self.step, "train", {"early_stop": self.guard.worse}, self.seconds)
+                    progress.say(f"ends at step {self.step}: {self.guard.worse} validations brought no better loss")
                 if last or self.step % training.checkpoint_every == 0:
                     with self.meter.paused():
                         state = self.state(now.after)
@@ -202,6 +209,7 @@ class _Run:
         self.ranks.restore_random(random, self.seed, state.step, self.device)
         self.loader.load_state_dict(state.loader)
         self.log = Log(state.log)
+        self.guard.recall(state.log)
         self.step, self.cells, self.genes, self.limit = state.step, state.cells, state.genes, state.limit
         self.seconds_before, self.began = state.seconds, time.monotonic()
 
@@ -257,22 +265,35 @@ class _Run:
         means = {name: term.sum / term.count.clamp(min=1) for name, term in terms.items()}
         return {"loss": total_loss(terms), **means, "genes": sums[0]}
 
-    def _record(self, measured: dict[str, torch.Tensor]) -> float:
+    def _record(self, measured: dict[str, torch.Tensor], now: Step, folder: Path) -> float:
         """Wait for a step's numbers, check and log them; returns the loss."""
         numbers = torch.stack([number.to(self.device, torch.float64) for number in measured.values()]).tolist()
         values = dict(zip(measured, numbers, strict=True))
         self.genes += int(values["genes"])
-        for metric in ("loss", "gradient_norm"):
-            if not math.isfinite(values[metric]):
-                raise CellmillError(
-                    f"training: {metric} became {values[metric]} at step {self.step}; lower training.learning_rate, "
-                    "raise training.warmup_steps or set training.precision to float32 (the last saved state is kept)"
-                )
+        if reason := self.guard.check(self.step, values["loss"], values["gradient_norm"]):
+            raise self._stopped(reason, values, now, folder)
         if self.step % self.training.log_every == 0 or self.step == self.training.steps:
             read = {"cells": self.cells, "genes": self.genes}
             self.log.add(self.step, "train", values | read, self.seconds)
-            self.log.add(self.step, MACHINE, self.meter.read(), self.seconds)
+            measured = self.meter.read()
+            self.speed = note(measured)
+            self.log.add(self.step, MACHINE, measured, self.seconds)
         return values["loss"]
+
+    def _stopped(self, reason: str, values: dict[str, float], now: Step, folder: Path) -> CellmillError:
+        """Save what this rank worked on; returns the error that ends the run."""
+        batch = OffendingBatch(
+            reason=reason,
+            step=self.step,
+            seed=self.seed,
+            values=values,
+            gradient_norms=largest_norms(self.model, self.wrapped.norms_P),
+            datasets=datasets_of(self.shards, "train", now.cells),
+            cells=now.cells,
+            parts=now.parts,
+            model=describe_model(self.model, self.architecture),
+        )
+        return stopped(folder, batch, self.ranks.rank)
 
     def _validate(self) -> None:
         if self.validation:
@@ -284,6 +305,7 @@ class _Run:
                         self.wrapped, self.validation, self.seed, self.autocast, self.limit, self.ranks
                     )
             self.log.add(self.step, "validation", losses, self.seconds)
+            self.guard.validated(losses["loss"])
 
 
 def accumulate_gradients(

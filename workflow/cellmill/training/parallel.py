@@ -26,6 +26,7 @@ from cellmill.models.base import CellModel, Inputs, Losses
 from cellmill.randomness import hash64
 from cellmill.recipes import Training
 from cellmill.shards.batch import CellBatch
+from cellmill.training.guard import clip_gradients
 from cellmill.training.micro_batches import views
 from cellmill.training.optimizer import fill_optimizer, optimizer_tensors
 
@@ -203,7 +204,8 @@ class Wrapped:
 
     def clip(self, largest: float) -> Tensor:
         """Scale the gradient to a norm of at most `largest`; returns the norm before, of the whole gradient."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
+        norm, norms_P = clip_gradients(self.model, largest)
+        self.norms_P = _whole(norms_P)  # of each parameter, for who asks after a step that went wrong
         return _whole(norm)
 
 
