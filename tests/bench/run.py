@@ -19,7 +19,18 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import harness  # noqa: E402
 from cellmill.provenance import git_commit  # noqa: E402
 
-BENCHMARKS = ("shards", "loaders", "views", "reading", "million", "curation", "training", "scoring", "perturbation")
+BENCHMARKS = (
+    "shards",
+    "loaders",
+    "views",
+    "reading",
+    "million",
+    "curation",
+    "training",
+    "attention",
+    "scoring",
+    "perturbation",
+)
 
 
 def main() -> int:
