@@ -1,11 +1,11 @@
 """Softmax attention cell after cell: the ways of the CPU.
 
-`sdpa_cells` is torch's kernel for each cell. Its backward pass is slow in bfloat16, as it leaves the matrix unit idle;
-`attend_cells` takes dense matrix products there. Products run at full speed only on matrices that lie dense, with rows
-of 32 values or a multiple: strided ones take up to three times as long. So each cell's queries, keys and values are
-copied to rooms that all cells use in turn, which costs a hundredth of the products. Causal cells go in blocks of
-queries, without the keys that come after a block; very long ones go in blocks, too, whose weights stay near the
-processor. The weights are computed again in the backward pass: kept, they would be most of the memory of a step.
+`sdpa_cells` is torch's kernel for each cell. Its backward pass is slow in bfloat16; `attend_cells` takes dense matrix
+products there. Products run at full speed only on matrices that lie dense: on slices of larger tensors that of queries
+and keys took about twice as long. So each cell's queries, keys and values are copied to rooms that all cells use in
+turn, which costs less than a tenth of the products. Causal cells go in blocks of queries, without the keys that come
+after a block; very long ones go in blocks, too. The weights are computed again in the backward pass: kept in bfloat16,
+they would take 2 H bytes for every pair of a query and a key, in every layer.
 
 Legend: N query slots, S key slots, L queries and P keys of a block, W keys rounded up, H heads, K width of a head.
 """
