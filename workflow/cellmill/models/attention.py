@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cellmill.models.attention_backends import BACKENDS, Own, Pattern
+from cellmill.models.graphs import outside_graphs
 from cellmill.models.packing import Layout
 
 _backend: ContextVar[str | None] = ContextVar("backend", default=None)
@@ -40,7 +41,7 @@ def _choose(q_NHK: Tensor, own: Own, pattern: Pattern, dropout: float) -> str:
     return "varlen" if own is None else "flex"
 
 
-@torch.compiler.disable
+@outside_graphs
 def attend(
     q_NHK: Tensor,
     k_SHK: Tensor,

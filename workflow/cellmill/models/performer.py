@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cellmill.models.graphs import outside_graphs
 from cellmill.models.packing import Layout
 from cellmill.randomness import hash64
 
@@ -34,7 +35,7 @@ def draw_projection(n_features: int, width: int, *keys) -> Tensor:
     return (directions_FK * lengths_F[:, None]).float()
 
 
-@torch.compiler.disable
+@outside_graphs
 def performer(
     q_NHK: Tensor, k_SHK: Tensor, v_SHK: Tensor, projection_FK: Tensor, queries: Layout, keys: Layout
 ) -> Tensor:

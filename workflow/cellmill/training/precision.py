@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cellmill.errors import CellmillError
 from cellmill.models.base import CellModel
+from cellmill.models.graphs import keep_outside
 from cellmill.recipes import Training
 
 GRAPHS = 64
@@ -36,6 +37,7 @@ def prepare_blocks(model: CellModel, training: Training, device: torch.device) -
     blocks = model.blocks()
     if is_compiled(training, device):
         _check_compiler(device)
+        keep_outside()
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, GRAPHS)
         for block in blocks:
             block.forward = torch.compile(block.forward)
