@@ -5,6 +5,7 @@ import pytest
 import torch
 from cellmill.models.attention import MultiHeadAttention, _choose, attend, attention_backend, attention_flops
 from cellmill.models.attention_backends import Pattern
+from cellmill.models.graphs import keep_outside
 from cellmill.models.packing import Packing, uniform
 from shard_cells import real_cells
 from torch import nn
@@ -223,6 +224,7 @@ class Block(nn.Module):
 def test_a_compiled_block_meets_new_lengths_without_compiling_again(lengths):
     """Traced by dynamo and differentiated, without a compiler of machine code: graphs break around attention."""
     torch._dynamo.reset()
+    keep_outside()
     graphs = []
 
     def keep(graph, _):
