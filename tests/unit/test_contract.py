@@ -218,7 +218,7 @@ def test_operations_of_the_body(name, cells, statistics):
     mapping = dict.fromkeys((torch.ops.aten.mm, torch.ops.aten.addmm), product_flops)
     inputs = model.pretrain_inputs(cells.take(np.arange(2)), seed=1, step=10**6)
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
-    with attention_backend("reference"), counter:
+    with torch.no_grad(), attention_backend("reference"), counter:
         model(inputs, step=10**6)
     assert model.body_flops(inputs, step=10**6) == pytest.approx(counter.get_total_flops(), rel=0.2)
 
