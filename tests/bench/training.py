@@ -45,11 +45,11 @@ def work(run_folder: Path, model: str) -> dict:
     with run.loader, tempfile.TemporaryDirectory(dir=run_folder) as folder:
         run.model.train()
         for _ in range(STEPS):
-            parts = []
-            views.append(timed(lambda parts=parts: parts.extend(run._next_batch()[1]))[0])
-            updates.append(timed(lambda parts=parts: run._update(parts))[0])
+            made = []
+            views.append(timed(lambda made=made: made.append(run.prepare(run.step)))[0])
+            updates.append(timed(lambda made=made: run.update(made[0].parts))[0])
             run.step += 1
-        state = run._state(run.loader.state_dict())
+        state = run.state(run.loader.state_dict())
         saving = min(timed(lambda: save_state(Path(folder) / "state", state, "bench"))[1] for _ in range(REPEATS))
     batch_size = recipe.embedding.batch_size
     return {

@@ -23,9 +23,10 @@ with job(snakemake.log[0]):
     else:
         shards.check_vocabulary(meta["vocabulary_hash"])
     settings = Embedding(**snakemake.params.embedding)
+    how = {"pooling": settings.pooling, "precision": settings.precision, "gene_map": gene_map}
     embed_and_write(
         Path(snakemake.output.embedding),
-        lambda: embed_shards(model, shards, "all", settings.batch_size, settings.pooling, gene_map=gene_map),
+        lambda: embed_shards(model, shards, "all", settings.batch_size, **how),
         shards,
         model=snakemake.wildcards.model,
         kind="model",

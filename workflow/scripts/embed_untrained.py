@@ -17,9 +17,10 @@ with job(snakemake.log[0]):
     seed = int(snakemake.wildcards.seed)
     model = build_model(ModelRecipe.from_dict(snakemake.params.sizes), shards.n_genes, statistics, seed)
     settings = Embedding(**snakemake.params.embedding)
+    how = {"pooling": settings.pooling, "precision": settings.precision}
     embed_and_write(
         Path(snakemake.output.embedding),
-        lambda: embed_shards(model, shards, "all", settings.batch_size, settings.pooling),
+        lambda: embed_shards(model, shards, "all", settings.batch_size, **how),
         shards,
         model=f"{snakemake.wildcards.model}.untrained",
         kind="untrained",
