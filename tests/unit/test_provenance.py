@@ -130,13 +130,13 @@ def test_comments_and_docstrings_do_not_count(copy):
 def test_a_users_module_is_hashed(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     path = tmp_path / "mine" / "model.py"
-    path.write_text("from cellmill.models.attention_padded import key_mask\n")
+    path.write_text("from cellmill.models.attention import attend\n")
     monkeypatch.syspath_prepend(tmp_path)
     found = module_file("models", "mine.model")
     assert found == str(path)
     assert PACKAGE / "models" / "attention.py" in sources("pretrain", found)
     before = code_version("pretrain", found)
-    path.write_text("from cellmill.models.attention_padded import key_mask\nx = 1\n")
+    path.write_text("from cellmill.models.attention import attend\nx = 1\n")
     provenance._parsed.cache_clear()
     assert code_version("pretrain", found) != before
     assert module_file("models", "scgpt") == "models/scgpt.py"

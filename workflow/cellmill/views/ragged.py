@@ -2,7 +2,7 @@
 
 They are fastest where a batch stays in the processor's cache, up to a few hundred cells.
 
-Legend: B cells, N nonzeros of all cells together, M of them picked, L padded length. A ragged array of N values belongs
+Legend: B cells, N nonzeros of all cells together, M of them picked. A ragged array of N values belongs
 to cells through ``offsets`` [B + 1], as in `cellmill.shards.batch.CellBatch`: cell b owns
 ``values[offsets[b]:offsets[b + 1]]``.
 """
@@ -167,35 +167,6 @@ def join(parts: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
         places.append(np.arange(part[-1]) + spread(begin_B - part[:-1], part))
         begin_B = begin_B + np.diff(part)
     return offsets, places
-
-
-def pad(offsets: np.ndarray, values_N: np.ndarray, fill, *, before: int = 0, after: int = 0, dtype=None) -> np.ndarray:
-    """Right-padded matrix of ragged values.
-
-    Parameters
-    ----------
-    fill
-        Value where a cell has none.
-    before, after
-        Columns left free (holding `fill`) in front of each cell, and at least so many behind it.
-    dtype
-        Of the matrix; by default that of `values_N`.
-
-    Returns
-    -------
-    [B, L] with L = before + the longest cell + after, at least 1.
-    """
-    lengths_B = np.diff(offsets)
-    width = max(before + int(lengths_B.max(initial=0)) + after, 1)
-    out_BL = np.full((len(lengths_B), width), fill, dtype=dtype or values_N.dtype)
-    out_BL.ravel()[padded_index(offsets, width, before)] = values_N
-    return out_BL
-
-
-def padded_index(offsets: np.ndarray, width: int, before: int = 0) -> np.ndarray:
-    """int64 [N], where each ragged value lies in the flattened [B, width] matrix of `pad`."""
-    shift_B = np.arange(len(offsets) - 1) * width + before - offsets[:-1]
-    return np.arange(offsets[-1]) + spread(shift_B, offsets)
 
 
 def log1p_cp10k(cells: CellBatch) -> np.ndarray:
