@@ -47,7 +47,7 @@ def work(run_folder: Path, model: str) -> dict:
         for _ in range(STEPS):
             made = []
             views.append(timed(lambda made=made: made.append(run.prepare(run.step)))[0])
-            updates.append(timed(lambda made=made: run.update(made[0].parts))[0])
+            updates.append(timed(lambda made=made: run.update(made[0]))[0])
             run.step += 1
         state = run.state(run.loader.state_dict())
         saving = min(timed(lambda: save_state(Path(folder) / "state", state, "bench"))[1] for _ in range(REPEATS))

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -35,6 +36,7 @@ from cellmill.recipes import ModelRecipe
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.dataset import Shards
 from cellmill.shards.loader import Loader
+from cellmill.training import memory
 from cellmill.training.guard import Guard, largest_norms
 from cellmill.training.log import LOG, MACHINE, Log
 from cellmill.training.meter import Meter, note
@@ -45,8 +47,9 @@ from cellmill.training.parallel import Ranks, Wrapped, fill, shared_losses, whol
 from cellmill.training.precision import is_compiled, prepare_blocks
 from cellmill.training.state import Aside, State, load_state, save_state
 
-ELSEWHERE = ("ranks", "nodes", "parallel", "memory_gb", "spike_factor", "early_stop")
-"""Keys of the training that a run may change and still go on from its state: where it runs and when it is stopped."""
+ELSEWHERE = ("ranks", "nodes", "parallel", "micro_batch_tokens", "memory_gb", "spike_factor", "early_stop")
+"""Keys of the training that a run may change and still go on from its state: where it runs and how its steps are cut
+there, and when it is stopped."""
 
 
 def pretrain(
@@ -96,6 +99,7 @@ def pretrain(
     found, remarks = load_state(state, fingerprint)
     n_done = training.batch_size * found.step if found else 0
     with (
+        memory.explained(training),
         ranks.joined(),
         Progress(f"{name} seed {seed}", training.batch_size * training.steps, n_done, ranks.main) as bar,
     ):
@@ -140,13 +144,13 @@ class _Run:
         self.training, self.seed, self.ranks = training, seed, ranks
         self.device, self.autocast = set_up_torch(training)
         self.model = build_model(recipe, shards.n_genes, statistics, seed).to(self.device)
-        self.limit = TOKENS if training.micro_batch_tokens == "auto" else training.micro_batch_tokens
         if is_compiled(training, self.device):
             usual = next(shards.batches("train", training.batch_size // ranks.world, categories=self.model.categories))
-            tokens = max(int(self.model.token_lengths(usual).sum()), training.batch_tokens or 0)
-            self.model.packing = few_shapes(min(self.limit, tokens))
+            self.usual = max(int(self.model.token_lengths(usual).sum()), training.batch_tokens or 0)
         else:
+            self.usual = None
             self.model.packing = Packing(training.packing)
+        self.limit_to(TOKENS if training.micro_batch_tokens == "auto" else training.micro_batch_tokens)
         prepare_blocks(self.model, training, self.device)
         self.wrapped = wrap(self.model, training, ranks)
         self.optimizer = make_optimizer(self.model, training)
@@ -168,21 +172,29 @@ class _Run:
         """Seconds of training so far, over all processes."""
         return self.seconds_before + time.monotonic() - self.began
 
+    def limit_to(self, tokens: int) -> None:
+        """Let micro batches have so many tokens at most."""
+        self.limit = tokens
+        if self.usual is not None:
+            self.model.packing = few_shapes(min(tokens, self.usual))
+
     def train(self, folder: Path, fingerprint: str, progress: Progress) -> None:
         """Take the steps that are left; validate, log and save states (under `folder`) on the way."""
         training = self.training
         progress.say(self.meter.explain())
-        if self.step == 0:
-            self._validate()
-        self.model.train()
         with Aside() as saving, ThreadPoolExecutor(1, "cellmill-views") as ahead:  # makes the views of the next step
             coming = ahead.submit(self.prepare, self.step)
+            if training.micro_batch_tokens == "auto" and self.step < training.steps:
+                self._fit_memory(coming.result().cells, progress)
+            if self.step == 0:
+                self._validate()
+            self.model.train()
             while self.step < training.steps and not self.guard.out_of_patience:
                 now = coming.result()
                 if self.step + 1 < training.steps:
                     coming = ahead.submit(self.prepare, self.step + 1)
                 with self.meter.step():
-                    measured = self.update(now.parts, len(now.cells.genes))
+                    now, measured = self.update(now, progress.say)
                     self.meter.count(self.model, now.parts, len(now.cells), self.step)
                 self.step, self.cells = self.step + 1, self.cells + now.n_cells
                 loss = self._record(measured, now, folder)
@@ -210,7 +222,9 @@ class _Run:
         self.loader.load_state_dict(state.loader)
         self.log = Log(state.log)
         self.guard.recall(state.log)
-        self.step, self.cells, self.genes, self.limit = state.step, state.cells, state.genes, state.limit
+        self.step, self.cells, self.genes = state.step, state.cells, state.genes
+        given = self.training.micro_batch_tokens
+        self.limit_to(state.limit if given == "auto" else min(state.limit, given))
         self.seconds_before, self.began = state.seconds, time.monotonic()
 
     def state(self, position: dict) -> State:
@@ -236,8 +250,9 @@ class _Run:
                 batches.append(next(self.loader))
                 tokens += max(self._tokens(batches[-1]), 1)  # cells without a token cannot be waited for
         cells = CellBatch.concatenate(batches) if len(batches) > 1 else batches[0]
-        parts = views(self.model, cells, self.limit, self.device, seed=self.seed, step=step)
-        return Step(cells, parts, len(batches) * self.training.batch_size, self.loader.state_dict())
+        limit = self.limit
+        parts = views(self.model, cells, limit, self.device, seed=self.seed, step=step)
+        return Step(cells, parts, limit, len(batches) * self.training.batch_size, self.loader.state_dict())
 
     def _tokens(self, cells: CellBatch) -> int:
         """Tokens of these cells and of what the other ranks read beside them."""
@@ -246,16 +261,54 @@ class _Run:
             dist.all_reduce(tokens, group=self.beside)
         return int(tokens)
 
-    def update(self, parts: list[Inputs], n_genes: int = 0) -> dict[str, torch.Tensor]:
-        """Take one optimiser step; returns what to log of it, still on the device."""
+    def update(self, now: Step, say: Callable[[str], object] = str) -> tuple[Step, dict[str, torch.Tensor]]:
+        """Take one optimiser step; returns it as it was cut, and what to log of it, still on the device."""
         rate = learning_rate(self.step, self.training)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad()
-        terms = accumulate_gradients(self.wrapped, parts, self.step, self.autocast, self.ranks)
+        now, terms = self._gradients(now, say)
         norm = self.wrapped.clip(self.training.gradient_clip)
         self.optimizer.step()
-        return self._over_ranks(terms, n_genes) | {"gradient_norm": norm, "learning_rate": torch.tensor(rate)}
+        measured = self._over_ranks(terms, len(now.cells.genes))
+        return now, measured | {"gradient_norm": norm, "learning_rate": torch.tensor(rate)}
+
+    def _gradients(self, now: Step, say: Callable[[str], object]) -> tuple[Step, Losses]:
+        """Set the step's gradient; where memory runs out, from the same cells in smaller micro batches."""
+        random = memory.RandomStates(self.device)
+        while True:
+            self.optimizer.zero_grad()
+            if now.limit != self.limit:
+                parts = views(self.model, now.cells, self.limit, self.device, seed=self.seed, step=self.step)
+                now = now._replace(parts=parts, limit=self.limit)
+            try:
+                return now, accumulate_gradients(self.wrapped, now.parts, self.step, self.autocast, self.ranks)
+            except Exception as error:
+                if not (memory.ran_out(error) and self.training.micro_batch_tokens == "auto" and self.ranks.world == 1):
+                    raise
+            # here the error, whose frames hold tensors, is gone
+            now = now._replace(parts=[])
+            self.optimizer.zero_grad()
+            memory.free_memory(self.device)
+            random.restore()
+            self.limit_to(memory.halved(now.limit, self.model.token_lengths(now.cells)))
+            say(f"memory ran out in step {self.step + 1}: done again with micro batches of {self.limit:,} tokens")
+
+    def _fit_memory(self, cells: CellBatch, progress: Progress) -> None:
+        """Choose how many tokens a micro batch has, by trying with the cells of the next step."""
+        known = self.limit if self.step else None
+        found = memory.choose_tokens(
+            self.wrapped,
+            self.optimizer,
+            cells,
+            self.training,
+            self.ranks,
+            seed=self.seed,
+            step=self.step,
+            autocast=self.autocast,
+            known=known,
+        )
+        self.limit_to(found.tokens)
+        progress.say(found.why)
 
     def _over_ranks(self, terms: Losses, n_genes: int) -> dict[str, torch.Tensor]:
         """The step's loss, the means of its terms and the expressed genes that were read, of all ranks."""

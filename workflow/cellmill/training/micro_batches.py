@@ -73,6 +73,8 @@ class Step(NamedTuple):
     cells: CellBatch
     parts: list[Inputs]
     """The views of its micro batches, on the device."""
+    limit: int
+    """Tokens that they were allowed."""
     n_cells: int
     """Cells of all ranks."""
     after: dict
