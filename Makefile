@@ -63,7 +63,7 @@ $(BENCH)/.ready: envs/lock.txt envs/bench.txt
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -r envs/lock.txt -r envs/bench.txt
 	touch $@
 
-bench: demo $(BENCH)/.ready  ## measure against peers and limits: one table, results/bench; NAMES="loaders views" for some
+bench: demo $(BENCH)/.ready $(VENV)/.ready-parity  ## measure against peers and limits: one table, results/bench; NAMES="loaders views" for some
 	$(BIN)/python tests/bench/run.py $(NAMES)
 
 picture: demo  ## take the README's picture of the report (needs chromium)

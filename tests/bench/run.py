@@ -30,6 +30,8 @@ BENCHMARKS = (
     "attention",
     "scoring",
     "perturbation",
+    "engine",
+    "curves",
 )
 
 

@@ -90,16 +90,6 @@ def test_log1p_cp10k(blood):
     np.testing.assert_allclose(views.log1p_cp10k(blood), expected, rtol=3e-6)
 
 
-def test_pad():
-    offsets = np.array([0, 2, 2, 3])
-    values = np.array([7, 8, 9])
-    assert views.pad(offsets, values, -1).tolist() == [[7, 8], [-1, -1], [9, -1]]
-    assert views.pad(offsets, values, 0, before=1, after=1).tolist() == [[0, 7, 8, 0], [0, 0, 0, 0], [0, 9, 0, 0]]
-    assert views.pad(np.array([0, 0]), np.empty(0, np.int64), 5).tolist() == [[5]]
-    assert views.pad(offsets, values, 0, dtype=np.float32).dtype == np.float32
-    assert views.padded_index(offsets, 4, before=1).tolist() == [1, 2, 9]
-
-
 def random_order(cells, *keys):
     return views.random_order(cells.offsets, views.hash_genes(cells, *keys))
 
