@@ -303,7 +303,7 @@ class _Run:
             self.training,
             self.ranks,
             seed=self.seed,
-            step=self.step,
+            step=self.training.steps - 1,  # an objective may use more of the model in later steps
             autocast=self.autocast,
             known=known,
         )

@@ -1,7 +1,7 @@
 """How many tokens of a micro batch fit in memory, found by trying, and what is done where memory runs out all the same.
 
 What fits is not computed from the model's sizes: a few forward and backward passes of real cells of the run are
-measured, each at most half as large as what the passes before say would fit. Nothing of the run changes by them.
+measured, each well below what the passes before say would fit. Nothing of the run changes by them.
 
 The memory is a GPU's, or that which this process may have resident; where the system limits its addresses (``ulimit
 -v``), those as well.
@@ -33,11 +33,15 @@ SPARE = 0.1
 at most), what allocators lose between blocks, and the views of the next step, which are made meanwhile."""
 SPARE_ADDRESSES = 2**28
 """Bytes of addresses for what takes few pages: stacks and heaps of the threads that start later."""
-FURTHEST = 3
+FURTHEST = 1.5
 """How many times as large as the largest pass that was measured a micro batch may be."""
 GB = 10**9
 STEP = 1024
 """Limits are a multiple of it, or below it a power of two."""
+MMAP_THRESHOLD = -3
+"""A parameter of mallopt(3)."""
+LARGEST_KEPT = 2 * 1024**2
+"""Bytes of an array that the C library may keep when it is freed."""
 NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "bad_alloc", "could not create a memory")
 """What the messages of torch, its libraries and C++ say."""
 
@@ -193,6 +197,17 @@ def give_back() -> None:
         trim(0)
 
 
+def give_back_at_once() -> None:
+    """Have the C library give arrays back to the system when they are freed, but for small ones.
+
+    What it keeps (`cellmill.memory`) cannot all be used again by arrays of other sizes: in steps of several micro
+    batches up to a half more would be resident than is in use (scGPT, measured).
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(MMAP_THRESHOLD, LARGEST_KEPT)
+
+
 def later_bytes(model: CellModel, optimizer: Optimizer, device: torch.device) -> int:
     """Bytes that training will take besides micro batches, and has not taken yet.
 
@@ -261,6 +276,8 @@ def choose_tokens(
     lengths_B = np.maximum(model.token_lengths(cells), 1)
     longest, whole = ranks.most(int(lengths_B.max())), ranks.most(int(lengths_B.sum()))
     most = -(-whole * 5 // 4 // STEP) * STEP  # steps of other cells are longer
+    if device.type == "cpu":
+        give_back_at_once()
     with _unchanged(wrapped, optimizer, device):
         trial = _Trial(wrapped, cells, lengths_B, ranks, autocast, seed, step)
         with suppress(TooMuch):  # kernels are made ready, and gradients stay, as between the micro batches of a step
@@ -279,7 +296,7 @@ def choose_tokens(
             fitting = _least(ranks, (tightest.free - later) / per_token)
             if full < longest or tokens >= min(whole, fitting / FURTHEST):
                 break
-            tokens = min(whole, max(fitting // 2, tokens + 1))
+            tokens = min(whole, max(int(fitting / FURTHEST), tokens + 1))
     if not fitted:
         raise too_long(longest, "found by trying")
     if full < longest:
@@ -320,17 +337,20 @@ class _Trial:
         self.device = next(wrapped.model.parameters()).device
 
     def __call__(self, tokens: int) -> tuple[int, int]:
-        """Bytes that the largest micro batch of at most so many tokens takes, and its tokens.
+        """Bytes that micro batches of at most so many tokens take one after the other, and the tokens of the largest.
+
+        Two are computed: the C library keeps what the first one frees, and the second cannot use all of it.
 
         Raises
         ------
         TooMuch
             If a rank has not so much memory.
         """
-        rows = max(cut(self.lengths_B, tokens), key=lambda rows: self.lengths_B[rows].sum())
+        parts = sorted(cut(self.lengths_B, tokens), key=lambda rows: -self.lengths_B[rows].sum())
         failed, peak = False, Peak(self.device)
         try:
-            self._pass(rows)
+            for rows in (parts[0], parts[min(1, len(parts) - 1)]):
+                self._pass(rows)
         except Exception as error:
             if not ran_out(error) or self.wrapped.even:  # ranks that meet within the pass cannot agree after it
                 raise
@@ -339,7 +359,7 @@ class _Trial:
         free_memory(self.device)
         if self.ranks.agree(failed):
             raise TooMuch
-        return taken, int(self.lengths_B[rows].sum())
+        return taken, int(self.lengths_B[parts[0]].sum())
 
     def _pass(self, rows: np.ndarray) -> None:
         inputs = self.wrapped.model.pretrain_inputs(self.cells.take(rows), seed=self.seed, step=self.step)
