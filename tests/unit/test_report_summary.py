@@ -3,17 +3,20 @@
 import numpy as np
 import pandas as pd
 import pytest
+from cellmill.comparison import NOT_SHOWN
 from cellmill.errors import CellmillError
+from cellmill.report import sections
+from cellmill.report.render import Figures
 from cellmill.report.summary import (
-    NOT_SHOWN,
-    NOT_TESTED,
+    LEANS,
     PRIMARY,
     SHOWN,
     Interval,
-    compare,
     headline,
     loss_headline,
     number,
+    outside_controls,
+    over_datasets,
     primary,
     summarise,
     with_interval,
@@ -43,16 +46,6 @@ def test_interval_of_few_or_equal_values():
     assert Interval.of([0.5]) == Interval(1, 0.5, None, None, False)
     assert Interval.of([0.5, 0.5, 0.5]) == Interval(3, 0.5, 0.5, 0.5, True)
     assert Interval.of([0.4, np.nan, 0.6]).n == 2
-
-
-def test_compare():
-    low, high, wide, alone = (
-        Interval(3, 0, *ends, False) for ends in ((0.1, 0.2), (0.3, 0.4), (0.15, 0.35), (None, None))
-    )
-    assert compare(low, high) == compare(high, low) == SHOWN
-    assert compare(low, wide) == compare(wide, high) == NOT_SHOWN
-    assert compare(low, alone) == compare(alone, low) == NOT_TESTED
-    assert compare(Interval(3, 1, 1, 1, True), Interval(3, 1, 1, 1, True)) == NOT_SHOWN
 
 
 def test_numbers_as_printed():
@@ -169,12 +162,12 @@ def test_headline_of_nulls_gives_the_reason():
 def test_loss_headline():
     methods = {
         "net": ("model", [5.0, 5.1, 5.2]),
-        "net.untrained": ("untrained", [9.0, 9.1, 9.2]),
+        "net.untrained": ("untrained", [9.0, 9.2, 9.1]),
         "net.trivial": ("baseline", [5.1, 5.1, 5.1]),
     }
     summary = summarise(table(methods, metric="loss", task="pretraining", higher=False))
     said = str(loss_headline(summary, "net"))
-    assert "below its untrained twin (9.100 [8.852, 9.348]; intervals apart)" in said
+    assert "below its untrained twin (9.100 [8.852, 9.348]; difference shown)" in said
     assert "not below its trivial baseline (5.100; no difference shown)" in said
     assert loss_headline(summary, "other") is None
 
@@ -198,9 +191,13 @@ def test_yardstick_names_the_baselines_that_no_model_beats():
     assert said.startswith(
         "Common yardstick, hidden genes of held-out cells: the baseline knn ranks first of 7 (Pearson 0.700, the same"
     )
-    assert "No pretrained model beats knn and pca." in said, "gene_means is below net's interval, pca within"
+    assert "No pretrained model beats knn, pca and gene_means." in said, "gene_means' p is 0.035, one of many"
     assert "Better than the same network untrained: net." in said
     assert "Not better than the same network untrained: other." in said
+    methods["net"] = ("model", [0.58, 0.60, 0.62])
+    assert "No pretrained model beats knn and pca." in yardstick_of(methods | {"gene_means": ("baseline", [0.3] * 3)})
+    methods["net.untrained"] = ("untrained", [0.3, 0.4, 0.28])
+    assert "Better than it before correction for many comparisons only: net." in yardstick_of(methods)
     methods["net"] = ("model", [0.8, 0.81, 0.82])
     methods["other.untrained"] = ("untrained", [None] * 3)
     said = yardstick_of(methods)
@@ -227,3 +224,75 @@ def test_primary_takes_what_the_table_has():
 def test_empty_table():
     with pytest.raises(CellmillError, match="empty"):
         summarise(table({"net": ("model", [0.5] * 3)}).iloc[:0])
+
+
+def scored(datasets=("d",), controls=True) -> pd.DataFrame:
+    """Annotation of two models and a baseline, with scaled values, on data sets of different difficulty."""
+    methods = {"pca": ("baseline", [0.7] * 3), "net": ("model", [0.5, 0.52, 0.54]), "new": ("model", [0.81, 0.8, 0.79])}
+    parts = []
+    for i, dataset in enumerate(datasets):
+        rows = table(
+            methods | ({"labels": ("control", [1.0] * 3), "shuffled": ("control", [0.2] * 3)} if controls else {})
+        )
+        rows["value"] *= 1 - i / 10
+        rows["scaled"] = (rows["value"] / (1 - i / 10) - 0.2) / 0.8 if controls else np.nan
+        parts.append(rows.assign(dataset=dataset))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_the_ranking_gives_scaled_scores_and_verdicts():
+    (ranking,) = sections.rankings(Figures(), summarise(scored()))
+    verdicts = ranking["verdicts"]
+    assert [(m["label"], m["rank"], m["score"], m["scaled"]) for m in verdicts["methods"]] == [
+        ("new", "1", "0.800 [0.775, 0.825]", "0.750 [0.719, 0.781]"),
+        ("pca", "2", "0.700", "0.625"),
+        ("net", "3", "0.520 [0.470, 0.570]", "0.400 [0.338, 0.462]"),
+    ]
+    assert verdicts["methods"][0]["verdicts"]["shown above"] == ["pca", "net"]
+    assert verdicts["words"] == ["shown above", "shown below"]
+    assert (verdicts["scaled"], verdicts["by"]) == (True, "macro-F1, zero-shot kNN")
+    assert "3 paired seeds on 1 data set cannot show a difference by sign flips" in verdicts["explained"]
+    assert (ranking["overall"], ranking["outside"]) == (None, [])
+    (without,) = sections.rankings(Figures(), summarise(scored(controls=False)))
+    assert without["verdicts"]["scaled"] is False
+
+
+def test_methods_beyond_the_controls_are_named():
+    rows = scored()
+    rows.loc[rows["model"] == "new", "scaled"] += 0.4
+    rows.loc[rows["model"] == "net", "scaled"] -= [0.45, 0.4, 0.35]
+    assert outside_controls(summarise(rows)) == [("macro_f1", ["new"], [])], "net's interval reaches up to the worst"
+    rows.loc[rows["model"] == "net", "scaled"] -= 0.2
+    assert outside_controls(summarise(rows)) == [("macro_f1", ["new"], ["net"])]
+
+
+def test_a_task_is_also_compared_over_its_data_sets():
+    names = [f"d{i}" for i in range(6)]
+    summary = summarise(scored(names))
+    found, scaled, chosen = over_datasets(summary, "annotation")
+    assert (scaled, chosen) == (True, PRIMARY["annotation"])
+    assert found.means["pca"] == pytest.approx(0.625), "on every data set, once scaled"
+    assert (found.unit, found.n) == ("data sets", 6)
+    rankings = sections.rankings(Figures(), summary)
+    assert [bool(ranking["overall"]) for ranking in rankings] == [False] * 5 + [True]
+    assert rankings[-1]["overall"]["n"] == 6
+    raw, scaled, _ = over_datasets(summarise(scored(names, controls=False)), "annotation")
+    assert not scaled
+    assert raw.means["pca"] == pytest.approx(0.7 * 0.75)
+
+
+def test_losses_of_different_models_are_not_ranked_against_each_other():
+    methods = {"a": ("model", [5.0, 5.1, 5.2]), "a.untrained": ("untrained", [9.0, 9.2, 9.1])}
+    methods |= {"b": ("model", [1.0, 1.1, 1.2]), "b.untrained": ("untrained", [2.0, 2.2, 2.1])}
+    summary = summarise(table(methods, metric="loss", task="pretraining", higher=False))
+    assert summary["rank"].tolist() == [1, 2, 1, 2]
+    assert set(summary["of"]) == {2}
+
+
+def test_what_only_correction_hides_is_said():
+    values = np.random.default_rng(0).normal(0, 0.06, (12, 3)) + np.linspace(0.3, 0.9, 12)[:, None]
+    summary = summarise(table({f"net{i}": ("model", list(row)) for i, row in enumerate(values)}))
+    assert {LEANS, SHOWN} <= set(summary["standing"])
+    assert (
+        "Before correction for 66 comparisons only is it shown to be above" in headline(summary, "annotation", "d").more
+    )

@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cellmill import scores
+from cellmill.collect import collect, with_scaled
 from cellmill.errors import CellmillError
 
 ROW = {
@@ -68,7 +71,7 @@ def test_collect_sorts_and_is_the_same_whatever_the_order(tmp_path):
     files = []
     for i, order in enumerate((parts, parts[::-1])):
         parquet, csv = tmp_path / f"{i}.all.parquet", tmp_path / f"{i}.csv"
-        scores.collect(order, parquet, csv)
+        collect(order, parquet, csv)
         files.append((parquet.read_bytes(), csv.read_bytes()))
     assert files[0] == files[1]
     table = pq.read_table(tmp_path / "0.all.parquet").to_pylist()
@@ -79,7 +82,8 @@ def test_collect_sorts_and_is_the_same_whatever_the_order(tmp_path):
         (10, "accuracy"),
     ]
     lines = (tmp_path / "0.csv").read_text().splitlines()
-    assert lines[0].split(",")[:3] == ['"run"', '"task"', '"dataset"']
+    assert lines[0].replace('"', "").split(",") == scores.COLLECTED.names
+    assert scores.read(tmp_path / "0.all.parquet").schema == scores.COLLECTED
     assert len(lines) == 5
     assert sorted(p.name for p in tmp_path.iterdir() if "tmp" in p.name) == []
 
@@ -91,7 +95,7 @@ def test_the_same_score_twice_is_refused(tmp_path):
     for name in "ab":
         scores.write([row()], tmp_path / f"{name}.parquet")
     with pytest.raises(CellmillError, match="is there 2 times; keep one"):
-        scores.collect([tmp_path / "a.parquet", tmp_path / "b.parquet"], tmp_path / "all.parquet", tmp_path / "all.csv")
+        collect([tmp_path / "a.parquet", tmp_path / "b.parquet"], tmp_path / "all.parquet", tmp_path / "all.csv")
     assert not (tmp_path / "all.parquet").exists()
 
 
@@ -104,6 +108,89 @@ def test_a_foreign_a_damaged_or_a_missing_file_is_refused(tmp_path):
         ("missing", "cannot be read"),
     ):
         with pytest.raises(CellmillError, match=said):
-            scores.collect([tmp_path / f"{name}.parquet"], tmp_path / "all.parquet", tmp_path / "all.csv")
+            collect([tmp_path / f"{name}.parquet"], tmp_path / "all.parquet", tmp_path / "all.csv")
     with pytest.raises(CellmillError, match="no scores to collect"):
-        scores.collect([], tmp_path / "all.parquet", tmp_path / "all.csv")
+        collect([], tmp_path / "all.parquet", tmp_path / "all.csv")
+
+
+DEMO = Path(__file__).parents[2] / "results/demo/scores.parquet"
+
+
+def scaled(*rows) -> dict:
+    """(model, seed, metric, dataset): scaled value."""
+    table = with_scaled(scores.sort(pa.Table.from_pylist(list(rows), schema=scores.SCHEMA), "here"))
+    assert table.schema == scores.COLLECTED
+    return {(r["model"], r["seed"], r["metric"], r["dataset"]): r["scaled"] for r in table.to_pylist()}
+
+
+def controls(best: list[float], worst: list[float], **changes) -> list[dict]:
+    return [
+        row(model=name, kind="control", seed=seed, value=value, reason=None if value is not None else "NaN", **changes)
+        for name, values in (("labels", best), ("shuffled", worst))
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_scaled_is_the_place_between_the_controls_means():
+    rows = controls([0.9, 1.0], [0.1, 0.2])
+    rows += [row(value=0.35), row(model="worse", value=-0.05), row(model="better", value=1.35)]
+    found = scaled(*rows)
+    place = {name: found[name, 0, "accuracy", "baron"] for name in ("hvg_pca", "worse", "better")}
+    assert place == pytest.approx({"hvg_pca": 0.25, "worse": -0.25, "better": 1.5}), "means 0.95 and 0.15; not clipped"
+    for name, mean in (("labels", 1), ("shuffled", 0)):
+        of_seeds = [found[name, seed, "accuracy", "baron"] for seed in (0, 1)]
+        assert sum(of_seeds) / 2 == pytest.approx(mean, abs=1e-12)
+
+
+def test_scaled_turns_round_where_lower_is_better():
+    up = controls([0.0], [4.0], metric="mse", higher_is_better=False)
+    found = scaled(*up, row(metric="mse", value=3.0, higher_is_better=False))
+    assert [found[name, 0, "mse", "baron"] for name in ("labels", "shuffled", "hvg_pca")] == [1.0, 0.0, 0.25]
+
+
+def test_each_metric_and_data_set_has_a_scale_of_its_own_and_any_number_of_controls():
+    rows = controls([1.0], [0.5]) + controls([10.0], [0.0], dataset="other")
+    rows += controls([0.6], [0.8], metric="ilisi")  # here the control that knows nothing is the best
+    rows += [row(model="batches", kind="control", metric="ilisi", value=0.0)]
+    found = scaled(*rows, row(value=0.75), row(dataset="other", value=7.5), row(metric="ilisi", value=0.4))
+    own = {key[2:]: value for key, value in found.items() if key[0] == "hvg_pca"}
+    assert own == pytest.approx({("accuracy", "baron"): 0.5, ("accuracy", "other"): 0.75, ("ilisi", "baron"): 0.5})
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        controls([1.0], []),
+        controls([0.7, 0.7], [0.7, 0.7]),
+        controls([0.1 + 0.2], [0.3]),  # the same but for rounding
+        controls([None], [0.1]),
+        controls([1.0], [0.1], regime="linear_probe"),
+    ],
+    ids=["none", "one", "equal", "rounding", "no value", "other regime"],
+)
+def test_without_two_controls_that_differ_nothing_is_scaled(rows):
+    assert scaled(*rows, row(value=0.5))["hvg_pca", 0, "accuracy", "baron"] is None
+
+
+def test_a_missing_value_stays_missing():
+    found = scaled(*controls([1.0], [0.0]), row(value=None, reason="NaN"), row(model="net", value=0.5))
+    assert (found["hvg_pca", 0, "accuracy", "baron"], found["net", 0, "accuracy", "baron"]) == (None, 0.5)
+
+
+def test_collecting_a_collected_table_changes_nothing(tmp_path):
+    scores.write([*controls([1.0], [0.0]), row()], tmp_path / "a.parquet")
+    collect([tmp_path / "a.parquet"], tmp_path / "b.parquet", tmp_path / "b.csv")
+    collect([tmp_path / "b.parquet"], tmp_path / "c.parquet", tmp_path / "c.csv")
+    assert (tmp_path / "b.parquet").read_bytes() == (tmp_path / "c.parquet").read_bytes()
+
+
+@pytest.mark.skipif(not DEMO.is_file(), reason="no finished demo run here (make demo)")
+def test_the_demos_controls_are_at_one_and_zero_on_every_metric():
+    table = with_scaled(scores.read(DEMO).select(scores.SCHEMA.names)).to_pandas()
+    assert table[table["task"].isin(["pretraining", "yardstick"])]["scaled"].isna().all()
+    found = table[(table["kind"] == "control") & table["value"].notna()]
+    means = found.groupby(["task", "dataset", "split", "regime", "metric", "model"])["scaled"].mean().unstack()
+    assert len(means) >= 50
+    assert means["labels"].to_numpy() == pytest.approx(1)
+    assert means["shuffled"].to_numpy() == pytest.approx(0, abs=1e-9)

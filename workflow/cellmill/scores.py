@@ -1,11 +1,10 @@
-"""The one table: every score of every task is a row, written and collected here (docs/scores.md)."""
+"""The one table: every score of every task is a row, made and checked here (docs/scores.md); `collect` joins them."""
 
 import math
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet as pq
 
 from cellmill.errors import CellmillError
@@ -39,6 +38,9 @@ SCHEMA = pa.schema(
         pa.field("checkpoint", pa.string()),
     ]
 )
+"""Columns of the rows that a task writes."""
+COLLECTED = SCHEMA.insert(SCHEMA.get_field_index("value") + 1, pa.field("scaled", pa.float64()))
+"""Columns of the collected table: `scaled` needs the controls, which are scored by other jobs."""
 
 
 def row(
@@ -104,8 +106,8 @@ def row(
     }
 
 
-def _sorted(table: pa.Table, where: str) -> pa.Table:
-    """`table` sorted by its key columns, which must be unique."""
+def sort(table: pa.Table, where: str) -> pa.Table:
+    """`table` sorted by its key columns, which must be unique; `where` is named in the error if they are not."""
     table = table.sort_by([(name, "ascending") for name in _KEY])
     counts = table.group_by(list(_KEY)).aggregate([([], "count_all")])
     repeated = counts.filter(pc.greater(counts["count_all"], 1))
@@ -123,40 +125,23 @@ def write(rows: list[dict], path: Path) -> None:
     CellmillError
         If two rows have the same key.
     """
-    table = _sorted(pa.Table.from_pylist(rows, schema=SCHEMA), str(path))
+    table = sort(pa.Table.from_pylist(rows, schema=SCHEMA), str(path))
     with atomic(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
 
 def read(path: Path) -> pa.Table:
-    """The rows of one file.
+    """The rows of one file of scores, or the collected table.
 
     Raises
     ------
     CellmillError
-        If the file is missing, is not parquet, or does not hold the columns of `SCHEMA`.
+        If the file is missing, is not parquet, or holds neither the columns of `SCHEMA` nor those of `COLLECTED`.
     """
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise CellmillError(f"{path} cannot be read as a table of scores; delete it and run again ({error})") from error
-    if not table.schema.equals(SCHEMA):
+    if not table.schema.equals(SCHEMA) and not table.schema.equals(COLLECTED):
         raise CellmillError(f"{path} is not a table of scores of this version of cellmill; delete it and run again")
     return table
-
-
-def collect(paths: list[Path], parquet: Path, csv: Path) -> None:
-    """Join the score files `paths` into one table, sorted by its key columns, and write it as parquet and as CSV.
-
-    Raises
-    ------
-    CellmillError
-        If there is no file, one is not a table of scores, or a key occurs twice.
-    """
-    if not paths:
-        raise CellmillError("there are no scores to collect; name at least one task and one data set in the config")
-    table = _sorted(pa.concat_tables([read(path) for path in paths]), str(parquet))
-    with atomic(parquet) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
-    with atomic(csv) as temporary:
-        pa.csv.write_csv(table, temporary)

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from cellmill.collect import collect
 from cellmill.job import job
-from cellmill.scores import collect
 
 with job(snakemake.log[0]):
     collect([Path(path) for path in snakemake.input], Path(snakemake.output.parquet), Path(snakemake.output.csv))

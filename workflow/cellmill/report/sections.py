@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from cellmill.comparison import Comparison, Rank
 from cellmill.report import charts, inputs, quality, summary
 from cellmill.report.render import Figures
 from cellmill.shards.dataset import Shards
@@ -119,11 +120,13 @@ def _choices(rows: pd.DataFrame, task: str, chosen: tuple[str, str, str]) -> lis
 
 
 def rankings(page: Figures, results: pd.DataFrame) -> list[dict]:
-    """A dot plot per task and data set."""
+    """A dot plot and a table of verdicts per task and data set; after a task's last, the verdicts over all of them."""
     rankings = []
     ranked = results[~results["task"].isin(OWN_SECTIONS)]
-    for (task, dataset), rows in ranked.groupby(["task", "dataset"], sort=False):
-        rankings.append(_ranking(page, results, task, dataset, rows))
+    for task, of_task in ranked.groupby("task", sort=False):
+        for dataset, rows in of_task.groupby("dataset", sort=False):
+            rankings.append(_ranking(page, results, task, dataset, rows) | {"overall": None})
+        rankings[-1]["overall"] = _overall(results, task)
     return rankings
 
 
@@ -149,8 +152,59 @@ def _ranking(page: Figures, results: pd.DataFrame, task: str, dataset: str, rows
         "controls": controls,
         "higher": {metric: "higher is better" if up else "lower is better" for metric, up in higher.items()},
         "metric": chosen[2],
+        "verdicts": _verdicts(rows, task, chosen),
+        "outside": summary.outside_controls(rows),
         "unscored": sorted(set(rows[rows["mean"].isna()]["label"])),
     }
+
+
+def _verdicts(rows: pd.DataFrame, task: str, chosen: tuple[str, str, str]) -> dict | None:
+    """Rank, score, scaled score and verdicts of each method, by the comparison that the figure shows first."""
+    rows = rows[(rows[["regime", "split", "metric"]] == chosen).all(axis=1) & rows["rank"].notna()]
+    if rows.empty:
+        return None
+    found = rows["comparison"].iloc[0]
+    scores = {
+        row["label"]: {
+            "kind": row["kind"],
+            "score": summary.with_interval(summary.row_of(row)),
+            "scaled": summary.with_interval(row["scaled"]),
+        }
+        for _, row in rows.iterrows()
+    }
+    scaled = any(interval.n for interval in rows["scaled"])
+    return _verdict_table(found, scores) | {"by": _comparison_name(task, chosen), "scaled": scaled}
+
+
+def _overall(results: pd.DataFrame, task: str) -> dict | None:
+    """The verdicts over all data sets of a task; None where there is one only."""
+    over = summary.over_datasets(results, task)
+    if over is None:
+        return None
+    found, scaled, chosen = over
+    kinds = dict(zip(results["label"], results["kind"], strict=True))
+    scores = {label: {"kind": kinds[label], "score": summary.number(mean)} for label, mean in found.means.items()}
+    by = _comparison_name(task, chosen) + (", scaled" if scaled else "")
+    return _verdict_table(found, scores) | {"by": by, "scaled": False, "n": found.n_datasets}
+
+
+def _verdict_table(found: Comparison, scores: dict[str, dict]) -> dict:
+    ranks = sorted(found.ranks().items(), key=lambda item: item[1].rank)
+    methods = [
+        scores[label] | {"label": label, "rank": _rank_text(rank), "verdicts": summary.verdicts(found, label)}
+        for label, rank in ranks
+    ]
+    used = [words for words in dict.fromkeys(summary.VERDICTS.values()) if any(m["verdicts"][words] for m in methods)]
+    return {"methods": methods, "words": used, "explained": found.explain()}
+
+
+def _comparison_name(task: str, chosen: tuple[str, str, str]) -> str:
+    regime, _, metric = chosen
+    return ", ".join(filter(None, (summary.metric_name(metric), summary.regime_name(task, regime))))
+
+
+def _rank_text(rank: Rank) -> str:
+    return str(rank.rank) if rank.low == rank.high else f"{rank.rank} ({rank.low} to {rank.high})"
 
 
 def yardstick(page: Figures, results: pd.DataFrame) -> dict | None:

@@ -1,8 +1,8 @@
 """Statistics of the report: means and intervals over seeds, ranks, and which differences are shown.
 
-The interval is Student's t interval of the mean over seeds (n - 1 degrees of freedom). It covers the randomness of the
-seeds, not the choice of cells or donors. A difference is shown only where two intervals do not overlap, which asks for
-more than a t test at the same level; where an interval is missing, nothing is said.
+A method's interval is Student's t interval of its mean over seeds (n - 1 degrees of freedom). It covers the randomness
+of the seeds, not the choice of cells or donors. Which of two methods is better is a question of its own, answered by
+`cellmill.comparison` from their paired differences, corrected for the number of pairs.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,17 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student_t
 
+from cellmill.comparison import (
+    ABOVE,
+    BELOW,
+    LEANS_ABOVE,
+    LEANS_BELOW,
+    NOT_SHOWN,
+    NOT_TESTED,
+    Comparison,
+    Pair,
+    compare,
+)
 from cellmill.errors import CellmillError
 
 LEVEL = 0.95
@@ -27,7 +38,17 @@ PRIMARY = {
     "pretraining": ("none", "validation", "loss"),
     "yardstick": ("none", "validation", "pearson"),
 }
-SHOWN, NOT_SHOWN, NOT_TESTED = "difference shown", "no difference shown", "not tested"
+SHOWN, LEANS = "difference shown", "difference shown before correction only"
+VERDICTS = {
+    ABOVE: "shown above",
+    BELOW: "shown below",
+    LEANS_ABOVE: "before correction only",
+    LEANS_BELOW: "before correction only",
+    NOT_SHOWN: "no difference shown from",
+    NOT_TESTED: "not tested against",
+}
+"""How the verdicts on one method are gathered: those before correction together, whose direction the ranks tell."""
+_EDGE = 1e-6  # a value at a control's place is not outside
 
 
 @dataclass(frozen=True)
@@ -58,13 +79,6 @@ class Interval:
         return cls(n, mean, mean - half, mean + half, False)
 
 
-def compare(a, b) -> str:
-    """Say whether the intervals of `a` and `b` (anything with `low` and `high`) show a difference."""
-    if any(pd.isna(end) for end in (a.low, a.high, b.low, b.high)):
-        return NOT_TESTED
-    return SHOWN if a.low > b.high or b.low > a.high else NOT_SHOWN
-
-
 def base_name(model: str) -> str:
     """The model that an untrained twin or a trivial baseline belongs to."""
     return model.removesuffix(".untrained").removesuffix(".trivial")
@@ -92,43 +106,93 @@ def with_interval(row) -> str:
 
 
 def summarise(scores: pd.DataFrame) -> pd.DataFrame:
-    """One row per method and comparison: `Interval`, rank and standing against the first.
+    """One row per method and comparison: `Interval`, scaled value, rank and standing against the first.
 
     Parameters
     ----------
     scores
-        The score table (`cellmill.scores`), one row per seed.
+        The score table (`cellmill.scores`), one row per seed; without the column `scaled`, nothing is scaled.
 
     Returns
     -------
     pd.DataFrame
-        `COMPARISON` and `METHOD` columns, then ``label, n, mean, low, high, deterministic, values, seeds, rank, of,
-        standing, reason, seen, higher_is_better, cells, seconds`` and `TRACES`. Ranks are among the kinds `RANKED`;
-        ties share the better rank.
+        `COMPARISON` and `METHOD` columns, then ``label, n, mean, low, high, deterministic, values, seeds, scaled`` (an
+        `Interval`), ``scaled_values, rank, of, standing, comparison, reason, seen, higher_is_better, cells, seconds``
+        and `TRACES`. Ranks are among the kinds `RANKED`; ties share the better rank. `comparison` is the
+        `cellmill.comparison.Comparison` that a row takes part in, its methods named by their labels.
     """
     if scores.empty:
         raise CellmillError(
             "the score table is empty, so there is nothing to report; name at least one task in the config"
         )
     scores = scores.assign(split=scores["split"].fillna("none"), dataset=scores["dataset"].fillna("none"))
+    if "scaled" not in scores:
+        scores = scores.assign(scaled=np.nan)
     rows = [
         dict(zip(COMPARISON + METHOD, key, strict=True)) | _summary(group)
         for key, group in scores.groupby(COMPARISON + METHOD, sort=False, observed=True)
     ]
     summary = pd.DataFrame(rows)
-    summary[["rank", "of", "standing"]] = None
-    for _, group in summary.groupby(COMPARISON, sort=False):
+    # losses of different models are different objectives: each model is compared with its twin and its trivial baseline
+    placed = {}
+    loss_of = summary["model"].map(base_name).where(summary["task"] == "pretraining", "")
+    for _, group in summary.groupby([*COMPARISON, loss_of], sort=False):
         ranked = group[group["kind"].isin(RANKED) & group["mean"].notna()]
         if ranked.empty:
             continue
-        rank = ranked["mean"].rank(method="min", ascending=not ranked["higher_is_better"].iloc[0]).astype(int)
-        first = ranked.loc[rank.idxmin()]
-        summary.loc[rank.index, "rank"] = rank
-        summary.loc[rank.index, "of"] = len(ranked)
-        summary.loc[rank.index, "standing"] = [
-            "first" if row.Index == first.name else compare(row, first) for row in ranked.itertuples()
-        ]
+        found = compare(_seeds_of(ranked), bool(ranked["higher_is_better"].iloc[0]))
+        ranks = found.ranks()
+        first = min(ranked["label"], key=lambda name: ranks[name].rank)
+        for index, name in ranked["label"].items():
+            standing = "first" if name == first else _standing(found.pair(name, first))
+            placed[index] = (ranks[name].rank, len(ranked), standing, found)
+    for i, name in enumerate(("rank", "of", "standing", "comparison")):
+        column = [placed[index][i] if index in placed else None for index in summary.index]
+        summary[name] = pd.Series(column, summary.index, dtype=object)
     return summary
+
+
+def _seeds_of(ranked: pd.DataFrame, values: str = "values") -> pd.DataFrame:
+    """Rows of `summarise` as one row per seed, as `cellmill.comparison.compare` takes them."""
+    rows = ranked[["label", "dataset", "split", "seeds", values]].explode(["seeds", values])
+    return rows.rename(columns={"label": "method", "seeds": "seed", values: "value"})
+
+
+def over_datasets(summary: pd.DataFrame, task: str) -> tuple[Comparison, bool, tuple[str, str, str]] | None:
+    """Methods compared over all data sets of a task; None where there is only one.
+
+    Values are scaled between the controls where each has a scaled value: then True stands beside the comparison. The
+    last part is the regime, split and metric compared, the primary ones.
+    """
+    rows = summary[(summary["task"] == task) & summary["rank"].notna()]
+    if rows["dataset"].nunique() < 2:
+        return None
+    chosen = primary(rows, task, rows["dataset"].iloc[0])
+    rows = rows[(rows[["regime", "split", "metric"]] == chosen).all(axis=1)]
+    scaled = all(interval.n == n for interval, n in zip(rows["scaled"], rows["n"], strict=True))
+    higher_is_better = scaled or bool(rows["higher_is_better"].iloc[0])
+    return compare(_seeds_of(rows, "scaled_values" if scaled else "values"), higher_is_better), scaled, chosen
+
+
+def outside_controls(summary: pd.DataFrame) -> list[tuple[str, list[str], list[str]]]:
+    """Metrics whose controls do not hold all methods between them: metric, methods above the best, below the worst.
+
+    A method counts where its whole interval over seeds (with one seed, its value) lies outside on some split.
+    """
+    ranked = summary[summary["rank"].notna()]
+    low = ranked["scaled"].map(lambda found: found.mean if found.low is None else found.low).astype(float)
+    high = ranked["scaled"].map(lambda found: found.mean if found.high is None else found.high).astype(float)
+    outside = []
+    for metric, rows in ranked.groupby("metric", sort=False):
+        above, below = (list(dict.fromkeys(rows["label"][where])) for where in (low > 1 + _EDGE, high < -_EDGE))
+        if above or below:
+            outside.append((metric, above, below))
+    return outside
+
+
+def _standing(pair: Pair) -> str:
+    """How far a difference is shown, whatever its direction."""
+    return {ABOVE: SHOWN, BELOW: SHOWN, LEANS_ABOVE: LEANS, LEANS_BELOW: LEANS}.get(pair.verdict, pair.verdict)
 
 
 def _summary(group: pd.DataFrame) -> dict:
@@ -139,6 +203,8 @@ def _summary(group: pd.DataFrame) -> dict:
         **vars(interval),
         "values": found["value"].tolist(),
         "seeds": found["seed"].tolist(),
+        "scaled": Interval.of(group["scaled"]),
+        "scaled_values": found["scaled"].tolist(),
         "reason": _distinct(group["reason"]),
         "seen": _distinct(group["seen"]),
         "higher_is_better": bool(group["higher_is_better"].iloc[0]),
@@ -229,6 +295,10 @@ def headline(summary: pd.DataFrame, task: str, dataset: str) -> Headline:
     level = ranked[ranked["standing"] == NOT_SHOWN]["label"].tolist()
     if level:
         more.append(f"No difference is shown between it and {_listed(level)}.")
+    leaning = ranked[ranked["standing"] == LEANS]["label"].tolist()
+    if leaning:
+        n = top["comparison"].n_tested
+        more.append(f"Before correction for {n} comparisons only is it shown to be above {_listed(leaning)}.")
     models = ranked[ranked["kind"] == "model"]
     if models.empty:
         more.append("No pretrained model has a score.")
@@ -264,8 +334,9 @@ def row_of(row: pd.Series):
 
 def _against_first(row) -> str:
     return {
-        SHOWN: "behind, and the intervals do not overlap",
-        NOT_SHOWN: "behind, but the intervals overlap, so no difference is shown",
+        SHOWN: "behind, and the difference is shown",
+        LEANS: "behind, which is shown before correction only",
+        NOT_SHOWN: "behind, but no difference is shown",
         NOT_TESTED: "behind; with a single seed the difference is not tested",
     }.get(row["standing"], "level with the first")
 
@@ -276,11 +347,13 @@ def _against_twin(model, ranked: pd.DataFrame) -> str:
         return ""
     twin = twin.iloc[0]
     better = (model["mean"] > twin["mean"]) == model["higher_is_better"] and model["mean"] != twin["mean"]
+    pair = model["comparison"].pair(model["label"], twin["label"])
     said = {
         SHOWN: f"Pretraining {'improves it over' if better else 'leaves it worse than'} its untrained twin",
+        LEANS: f"Before correction only is it shown to be {'better' if better else 'worse'} than its untrained twin",
         NOT_SHOWN: "No difference is shown between it and its untrained twin",
         NOT_TESTED: f"It is {'better' if better else 'no better'} than its untrained twin, untested",
-    }[compare(row_of(model), row_of(twin))]
+    }[_standing(pair)]
     return f"{said} ({_measured(twin)})."
 
 
@@ -292,24 +365,24 @@ def loss_headline(summary: pd.DataFrame, model: str) -> Headline | None:
     rows = rows[rows["mean"].notna()].drop_duplicates("kind").set_index("kind")
     if "model" not in rows.index:
         return None
-    own = row_of(rows.loc["model"])
+    own = rows.loc["model"]
     said = []
     for kind, name in (("untrained", "its untrained twin"), ("baseline", "its trivial baseline")):
         if kind not in rows.index:
             said.append(f"{name} was not scored")
             continue
-        other = row_of(rows.loc[kind])
-        side = "below" if own.mean < other.mean else "not below"
-        verdict = {SHOWN: "intervals apart", NOT_SHOWN: NOT_SHOWN, NOT_TESTED: NOT_TESTED}[compare(own, other)]
-        said.append(f"{side} {name} ({with_interval(other)}; {verdict})")
-    return Headline(f"{model}: held-out loss {_measured(rows.loc['model'])}; {', '.join(said)}.")
+        other = rows.loc[kind]
+        side = "below" if own["mean"] < other["mean"] else "not below"
+        verdict = _standing(own["comparison"].pair(own["label"], other["label"]))
+        said.append(f"{side} {name} ({with_interval(row_of(other))}; {verdict})")
+    return Headline(f"{model}: held-out loss {_measured(own)}; {', '.join(said)}.")
 
 
 def yardstick_headline(summary: pd.DataFrame) -> Headline | None:
     """Who knows hidden genes best, which baselines no model beats, which models beat their untrained twins; or None.
 
-    To beat is to have the better mean, unless intervals overlap. A twin whose answers are all alike has no value, and
-    is beaten.
+    To beat is to be shown to be above or, where nothing can be tested, to have the better mean. A twin whose answers
+    are all alike has no value, and is beaten.
     """
     rows = summary[summary["task"] == "yardstick"]
     if rows.empty:
@@ -338,18 +411,36 @@ def yardstick_headline(summary: pd.DataFrame) -> Headline | None:
     twins = {base_name(twin["model"]): twin for _, twin in rows[rows["kind"] == "untrained"].iterrows()}
     pairs = [(model, twins[model["model"]]) for model in models if model["model"] in twins]
     better = [model["label"] for model, twin in pairs if _beats(model, twin)]
-    others = [model["label"] for model, twin in pairs if not _beats(model, twin)]
+    leaning = [model["label"] for model, twin in pairs if _beats(model, twin, (LEANS_ABOVE,))]
+    others = [model["label"] for model, _ in pairs if model["label"] not in better + leaning]
     more += [f"Better than the same network untrained: {_listed(better)}."] if better else []
+    more += [f"Better than it before correction for many comparisons only: {_listed(leaning)}."] if leaning else []
     more += [f"Not better than the same network untrained: {_listed(others)}."] if others else []
     return Headline(first, " ".join(more))
 
 
-def _beats(one: pd.Series, other: pd.Series) -> bool:
-    """Whether `one` has the better mean and the intervals, where there are any, do not overlap."""
+def _beats(one: pd.Series, other: pd.Series, by: tuple[str, ...] = (ABOVE, NOT_TESTED)) -> bool:
+    """Whether `one` has the better mean by one of the verdicts `by`: where that can be tested, is it shown."""
     if pd.isna(other["mean"]):
-        return True
+        return ABOVE in by
     better = one["mean"] > other["mean"] if one["higher_is_better"] else one["mean"] < other["mean"]
-    return bool(better) and compare(row_of(one), row_of(other)) != NOT_SHOWN
+    return bool(better) and one["comparison"].pair(one["label"], other["label"]).verdict in by
+
+
+def verdicts(found: Comparison, label: str) -> dict[str, list[str]]:
+    """What `found` says of one method against the others: their names, by rank, under each verdict's words."""
+    ranks = found.ranks()
+    others = sorted((other for other in ranks if other != label), key=lambda other: ranks[other].rank)
+    said = {words: [] for words in VERDICTS.values()}
+    for other in others:
+        said[VERDICTS[found.pair(label, other).verdict]].append(_bracketed(other))
+    return said
+
+
+def _bracketed(label: str) -> str:
+    """A label without its comma, to stand in a list."""
+    name, comma, rest = label.partition(", ")
+    return f"{name} ({rest})" if comma else name
 
 
 def _listed(names: list[str]) -> str:
