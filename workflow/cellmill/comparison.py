@@ -61,7 +61,7 @@ class Pair:
     verdict: str = NOT_TESTED
     """`ABOVE` where the first is better (a lower loss too is above), `LEANS_ABOVE`, `BELOW`, ..., `NOT_TESTED`."""
     exact: bool = False
-    """Neither method changes with the seed, so that the difference is known, of these cells, without a test."""
+    """Neither method changes with the seed, or both give the same everywhere: known, of these cells, without a test."""
 
     def turned(self) -> "Pair":
         """The second against the first."""
@@ -173,9 +173,9 @@ def compare(rows: pd.DataFrame, higher_is_better: bool) -> Comparison:
         If a method has two values for the same data set, split and seed.
     """
     keys = ["dataset", "split", "seed"]
-    twice = rows.duplicated(["method", *keys])
-    if twice.any():
-        found = "/".join(str(rows.loc[twice.idxmax(), name]) for name in ["method", *keys])
+    twice = rows[rows.duplicated(["method", *keys])]
+    if len(twice):
+        found = "/".join(str(twice[name].iloc[0]) for name in ["method", *keys])
         raise CellmillError(f"the score {found} is there twice, so it cannot be paired; keep one of them")
     wide = rows.pivot(index="method", columns=keys, values="value")
     methods, x_MR = tuple(wide.index), wide.to_numpy(np.float64)
@@ -192,7 +192,8 @@ def compare(rows: pd.DataFrame, higher_is_better: bool) -> Comparison:
     n_P = np.isfinite(d_PU).sum(axis=1)
     difference_P, error_P, _ = moments(d_PU, stratum_U)
     fixed_M = ~_changes(_group_means(x_MR, unit_R), dataset_U) & (not over_datasets)
-    exact_P = fixed_M[a_P] & fixed_M[b_P] & (n_P > 1)
+    same_P = (np.nan_to_num(d_PU) == 0).all(axis=1)
+    exact_P = ((fixed_M[a_P] & fixed_M[b_P]) | same_P) & (n_P > 1)
     tested_P = ~exact_P & (error_P > _ROUNDING * np.abs(difference_P))
 
     n, n_tested = int(n_P[tested_P].min(initial=n_P.max(initial=0))), int(tested_P.sum())
