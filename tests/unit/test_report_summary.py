@@ -296,3 +296,11 @@ def test_what_only_correction_hides_is_said():
     assert (
         "Before correction for 66 comparisons only is it shown to be above" in headline(summary, "annotation", "d").more
     )
+
+
+def test_a_method_alone_has_a_row_and_no_verdict():
+    (ranking,) = sections.rankings(Figures(), summarise(table({"net": ("model", [0.5, 0.52, 0.54])})))
+    (method,) = ranking["verdicts"]["methods"]
+    assert (method["rank"], ranking["verdicts"]["words"]) == ("1", ["shown above"])
+    assert not any(method["verdicts"].values())
+    assert ranking["verdicts"]["explained"].startswith("No pair could be tested")

@@ -194,8 +194,9 @@ def _verdict_table(found: Comparison, scores: dict[str, dict]) -> dict:
         scores[label] | {"label": label, "rank": _rank_text(rank), "verdicts": summary.verdicts(found, label)}
         for label, rank in ranks
     ]
-    used = [words for words in dict.fromkeys(summary.VERDICTS.values()) if any(m["verdicts"][words] for m in methods)]
-    return {"methods": methods, "words": used, "explained": found.explain()}
+    words = list(dict.fromkeys(summary.VERDICTS.values()))
+    used = [said for said in words if any(method["verdicts"][said] for method in methods)]
+    return {"methods": methods, "words": used or words[:1], "explained": found.explain()}
 
 
 def _comparison_name(task: str, chosen: tuple[str, str, str]) -> str:
