@@ -252,6 +252,19 @@ def test_imputation_is_the_objectives_answer(model, blood):
     assert torch.equal(imputed.values_BQ, imputed.detection_BQ.clamp(min=0))
 
 
+def test_answers_are_exact_in_bfloat16(model, blood):
+    """They hardly repeat, though bfloat16 has few numbers so near each other, and lie near those of float32."""
+    asked_BQ = np.tile(np.arange(0, N_GENES, 200), (8, 1))
+    inputs = model.impute_inputs(blood.take(np.arange(8)), asked_BQ)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        answers_Q = model._predict(inputs)
+    with torch.inference_mode():
+        exact_Q = model._predict(inputs)
+    assert answers_Q.dtype == torch.float32
+    torch.testing.assert_close(answers_Q, exact_Q, atol=0.05, rtol=0)
+    assert len(answers_Q.unique()) > 0.9 * len(exact_Q.unique())
+
+
 def test_statistics_are_asked_for():
     cells = make_batch([{0: 1}])
     with pytest.raises(CellmillError, match="no mean and standard deviation of genes"):

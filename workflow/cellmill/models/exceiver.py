@@ -341,7 +341,8 @@ class Exceiver(CellModel):
     def _predict(self, inputs: Inputs) -> Tensor:
         """float32 [Q], the shifted z of the genes ``asked``."""
         states_QD = self.decode(inputs, inputs["asked"], inputs["layout_asked"])
-        return self.head(states_QD).squeeze(1).float()
+        with torch.autocast(states_QD.device.type, enabled=False):  # in bfloat16 answers would be of few values
+            return self.head(states_QD.float()).squeeze(1)
 
     def forward(self, inputs: Inputs, *, step: int | None = None) -> Losses:
         """`mse`: squared error of the shifted z of hidden genes."""
