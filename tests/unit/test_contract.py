@@ -6,6 +6,7 @@ Cells are real ones of the pancreas, in a vocabulary of 3,000 genes with a cell 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -117,6 +118,20 @@ def test_one_dial_of_sizes(name):
         with torch.device("meta"):
             counts = parameter_counts(model_class(model_class.presets[preset], 20_000))
         assert counts["without_embeddings"] == pytest.approx(expected, rel=0.1), (name, preset)
+
+
+@pytest.mark.parametrize("name", ["geneformer", "scfoundation", "scgpt"])
+def test_dropout_of_attention_weights(name):
+    """The dial's sizes drop none, the published ones as they did; sizes that do not say it drop as other states."""
+    model_class = load_architecture(name)
+    for preset, sizes in model_class.presets.items():
+        assert sizes.dropout_of_attention == (0.0 if preset in DIAL else sizes.dropout)
+    kept = asdict(model_class.presets["demo"]) | {"dropout": 0.3}  # of a checkpoint
+    for said, expected in ({"attention_dropout": 0.2}, 0.2), ({}, 0.3):
+        sizes = model_class.Sizes(**{key: x for key, x in kept.items() if key != "attention_dropout"} | said)
+        model = model_class(sizes, 50)
+        dropouts = {layer.attention.dropout for layer in model.blocks() if layer.attention.dropout}
+        assert dropouts == {expected}
 
 
 def test_embeddings_do_not_depend_on_other_cells(model, cells):

@@ -183,6 +183,7 @@ BAD_CONFIGS = [
     ({"hidden_size": 8, "num_attention_heads": 2}, "tensors have other shapes"),
     ({"max_position_embeddings": 13}, "position_embeddings.weight is .12, 16., expected .13, 16."),
     ({"vocab_size": 99}, "tokens and its config.json says 99"),
+    ({"attention_probs_dropout_prob": 1.5}, "attention_probs_dropout_prob is 1.5; give the config.json"),
 ]
 
 
@@ -193,6 +194,14 @@ def test_settings_that_do_not_fit(released, change, message):
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(CellmillError, match=message):
         read_released("geneformer", folder)
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0.02, None), (None, None), (0, 0), (0.3, 0.3)])
+def test_the_dropout_of_attention_weights(value, expected, tmp_path):
+    write_released("geneformer", model_of("V2", attention_dropout=value), {"feature_ids": GENES}, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["attention_probs_dropout_prob"]
+    assert written == (SIZES["dropout"] if value is None else value)
+    assert read_released("geneformer", tmp_path).model.sizes.attention_dropout == expected
 
 
 def test_the_activation_is_to_be_said(released):

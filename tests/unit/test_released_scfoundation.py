@@ -144,6 +144,7 @@ EXPORTABLE = replace(Scfoundation.presets["demo"], hidden=128, decoder_hidden=64
 def test_a_model_of_ours_comes_back(tmp_path, cells):
     torch.manual_seed(0)
     sizes = replace(EXPORTABLE, max_length=40, dropout=0.0, redraw_every=7, bin_alpha=0.5, embedding_depth=4.0)
+    sizes = replace(sizes, attention_dropout=0.3)
     model = Scfoundation(sizes, N_GENES).train()
     model(model.pretrain_inputs(cells, seed=0, step=9), step=9)
     model.eval()

@@ -61,8 +61,15 @@ class Sizes:
     n_heads: int = field(metadata={"description": "Attention heads; divides width.", "ge": 1})
     hidden: int = field(metadata={"description": "Width of a layer's feed-forward network.", "ge": 1})
     max_length: int = field(metadata={"description": "Longest cell in tokens, specials included.", "ge": 3})
-    dropout: float = field(
-        default=0.02, metadata={"description": "Dropout, also of attention weights.", "ge": 0, "lt": 1}
+    dropout: float = field(default=0.02, metadata={"description": "Dropout of states.", "ge": 0, "lt": 1})
+    attention_dropout: float | None = field(
+        default=None,
+        metadata={
+            "description": "Dropout of attention weights; null: as dropout. Any but 0 rules out the fast attention "
+            "of GPUs.",
+            "ge": 0,
+            "lt": 1,
+        },
     )
     mask_rate: float = field(default=0.15, metadata={"description": "Share of genes to predict.", "gt": 0, "lt": 1})
 
@@ -70,13 +77,18 @@ class Sizes:
         if self.width % self.n_heads:
             raise CellmillError(f"geneformer: width {self.width} is no multiple of n_heads {self.n_heads}; change one")
 
+    @property
+    def dropout_of_attention(self) -> float:
+        """Dropout of attention weights."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
 
 class Layer(nn.Module):
     """One post-norm transformer layer of BERT, with ReLU."""
 
     def __init__(self, sizes: Sizes):
         super().__init__()
-        self.attention = MultiHeadAttention(sizes.width, sizes.n_heads, sizes.dropout)
+        self.attention = MultiHeadAttention(sizes.width, sizes.n_heads, sizes.dropout_of_attention)
         self.attention_norm = nn.LayerNorm(sizes.width, eps=NORM_EPS)
         self.intermediate = nn.Linear(sizes.width, sizes.hidden)
         self.output = nn.Linear(sizes.hidden, sizes.width)
@@ -123,9 +135,15 @@ class Geneformer(CellModel):
     Sizes = Sizes
     presets: ClassVar[dict[str, Sizes]] = {
         "demo": Sizes(version="V1", n_layers=2, width=64, n_heads=2, hidden=128, max_length=256, dropout=0.0),
-        "tiny": Sizes(version="V2", n_layers=4, width=144, n_heads=3, hidden=576, max_length=1024),
-        "small": Sizes(version="V2", n_layers=8, width=320, n_heads=5, hidden=1280, max_length=1024),
-        "base": Sizes(version="V2", n_layers=12, width=576, n_heads=9, hidden=2304, max_length=1024),
+        "tiny": Sizes(
+            version="V2", n_layers=4, width=144, n_heads=3, hidden=576, max_length=1024, attention_dropout=0.0
+        ),
+        "small": Sizes(
+            version="V2", n_layers=8, width=320, n_heads=5, hidden=1280, max_length=1024, attention_dropout=0.0
+        ),
+        "base": Sizes(
+            version="V2", n_layers=12, width=576, n_heads=9, hidden=2304, max_length=1024, attention_dropout=0.0
+        ),
         "v1-10m": Sizes(version="V1", n_layers=6, width=256, n_heads=4, hidden=512, max_length=2048),
         "v2-104m": Sizes(version="V2", n_layers=12, width=768, n_heads=12, hidden=3072, max_length=4096),
         "v2-316m": Sizes(version="V2", n_layers=18, width=1152, n_heads=18, hidden=4608, max_length=4096),

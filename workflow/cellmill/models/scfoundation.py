@@ -80,8 +80,15 @@ class Sizes:
         metadata={"description": "Attention heads of the decoder; divides decoder_width.", "ge": 1}
     )
     decoder_hidden: int = field(metadata={"description": "Width of a decoder layer's feed-forward network.", "ge": 1})
-    dropout: float = field(
-        default=0.1, metadata={"description": "Dropout of the encoder, also of attention weights.", "ge": 0, "lt": 1}
+    dropout: float = field(default=0.1, metadata={"description": "Dropout of the encoder's states.", "ge": 0, "lt": 1})
+    attention_dropout: float | None = field(
+        default=None,
+        metadata={
+            "description": "Dropout of the encoder's attention weights; null: as dropout. Any but 0 rules out the fast "
+            "attention of GPUs.",
+            "ge": 0,
+            "lt": 1,
+        },
     )
     n_bins: int = field(default=100, metadata={"description": "Bins that a value's embedding is mixed from.", "ge": 1})
     bin_alpha: float = field(
@@ -125,6 +132,11 @@ class Sizes:
                 )
 
     @property
+    def dropout_of_attention(self) -> float:
+        """Dropout of attention weights."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+    @property
     def features(self) -> int:
         """Random features of a decoder head."""
         head = self.decoder_width // self.decoder_heads
@@ -158,7 +170,7 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, sizes: Sizes):
         super().__init__()
-        self.attention = MultiHeadAttention(sizes.width, sizes.n_heads, sizes.dropout)
+        self.attention = MultiHeadAttention(sizes.width, sizes.n_heads, sizes.dropout_of_attention)
         self.linear1 = nn.Linear(sizes.width, sizes.hidden)
         self.linear2 = nn.Linear(sizes.hidden, sizes.width)
         self.norm1 = nn.LayerNorm(sizes.width)
@@ -240,15 +252,22 @@ class Scfoundation(CellModel):
             **{"decoder_layers": 1, "decoder_width": 16, "decoder_heads": 1, "decoder_hidden": 32, "n_features": 16},
         ),
         "tiny": Sizes(
-            **{"n_layers": 4, "width": 128, "n_heads": 4, "hidden": 512, "max_length": 1024},
+            **{"n_layers": 4, "width": 128, "n_heads": 4, "hidden": 512, "max_length": 1024, "attention_dropout": 0.0},
             **{"decoder_layers": 2, "decoder_width": 96, "decoder_heads": 3, "decoder_hidden": 384},
         ),
         "small": Sizes(
-            **{"n_layers": 8, "width": 288, "n_heads": 8, "hidden": 1152, "max_length": 1024},
+            **{"n_layers": 8, "width": 288, "n_heads": 8, "hidden": 1152, "max_length": 1024, "attention_dropout": 0.0},
             **{"decoder_layers": 3, "decoder_width": 192, "decoder_heads": 6, "decoder_hidden": 768},
         ),
         "base": Sizes(
-            **{"n_layers": 12, "width": 512, "n_heads": 8, "hidden": 2048, "max_length": 1024},
+            **{
+                "n_layers": 12,
+                "width": 512,
+                "n_heads": 8,
+                "hidden": 2048,
+                "max_length": 1024,
+                "attention_dropout": 0.0,
+            },
             **{"decoder_layers": 6, "decoder_width": 384, "decoder_heads": 6, "decoder_hidden": 1536},
         ),
         "published": Sizes(
@@ -279,7 +298,7 @@ class Scfoundation(CellModel):
         nn.init.normal_(self.gene_embedding.weight, std=EMBEDDING_STD)
         if sizes.decoder_attention == "performer":
             self.register_buffer("steps_since_redraw", torch.zeros((), dtype=torch.int64))
-        self._drawn: int | None = None
+        self._drawn: tuple[int, ...] | None = None
         self._draw_projections(0)
 
     def _draw_projections(self, draw: int) -> None:
@@ -291,11 +310,15 @@ class Scfoundation(CellModel):
     def _redraw(self, step: int) -> None:
         """The random features of a training step."""
         draw, since = divmod(step, self.sizes.redraw_every)
-        if draw != self._drawn:
+        if (draw, *self._writes()) != self._drawn:
             self._draw_projections(draw)
-            self._drawn = draw
+            self._drawn = (draw, *self._writes())
         if self.sizes.decoder_attention == "performer":
             self.steps_since_redraw.fill_(since)
+
+    def _writes(self) -> list[int]:
+        """How often each layer's random features were written to: whoever puts others there makes `_drawn` untrue."""
+        return [layer.projection._version for layer in self.decoder if hasattr(layer, "projection")]
 
     def token_lengths(self, cells: CellBatch) -> np.ndarray:
         """int64 [B], the tokens of the encoder at most, and what the decoder's P positions come to.

@@ -57,8 +57,15 @@ class Sizes:
     n_heads: int = field(metadata={"description": "Attention heads; divides width.", "ge": 1})
     hidden: int = field(metadata={"description": "Width of a layer's feed-forward network.", "ge": 1})
     max_length: int = field(metadata={"description": "Longest cell in tokens, <cls> included.", "ge": 2})
-    dropout: float = field(
-        default=0.2, metadata={"description": "Dropout, also of attention weights.", "ge": 0, "lt": 1}
+    dropout: float = field(default=0.2, metadata={"description": "Dropout of states.", "ge": 0, "lt": 1})
+    attention_dropout: float | None = field(
+        default=None,
+        metadata={
+            "description": "Dropout of attention weights; null: as dropout. Any but 0 rules out the fast attention "
+            "of GPUs.",
+            "ge": 0,
+            "lt": 1,
+        },
     )
     n_bins: int = field(default=51, metadata={"description": "Bins of a count; bin 0 stands for zero.", "ge": 3})
     flag_embedding: bool = field(
@@ -92,6 +99,11 @@ class Sizes:
             raise CellmillError(
                 f"scgpt: width {self.width} is no multiple of n_heads {self.n_heads}; change one of them"
             )
+
+    @property
+    def dropout_of_attention(self) -> float:
+        """Dropout of attention weights."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
 
 
 class ValueEncoder(nn.Module):
@@ -127,7 +139,7 @@ class Layer(nn.Module):
     def __init__(self, sizes: Sizes):
         super().__init__()
         self.released_gen_stream = sizes.released_gen_stream
-        self.attention = MultiHeadAttention(sizes.width, sizes.n_heads, sizes.dropout)
+        self.attention = MultiHeadAttention(sizes.width, sizes.n_heads, sizes.dropout_of_attention)
         self.linear1 = nn.Linear(sizes.width, sizes.hidden)
         self.linear2 = nn.Linear(sizes.hidden, sizes.width)
         self.norm1 = nn.LayerNorm(sizes.width)
@@ -218,9 +230,9 @@ class Scgpt(CellModel):
     Sizes = Sizes
     presets: ClassVar[dict[str, Sizes]] = {
         "demo": Sizes(n_layers=1, width=32, n_heads=2, hidden=32, max_length=129, dropout=0.0, value_init="spread"),
-        "tiny": Sizes(n_layers=3, width=192, n_heads=3, hidden=192, max_length=1024),
-        "small": Sizes(n_layers=7, width=448, n_heads=7, hidden=448, max_length=1024),
-        "base": Sizes(n_layers=12, width=768, n_heads=12, hidden=768, max_length=1024),
+        "tiny": Sizes(n_layers=3, width=192, n_heads=3, hidden=192, max_length=1024, attention_dropout=0.0),
+        "small": Sizes(n_layers=7, width=448, n_heads=7, hidden=448, max_length=1024, attention_dropout=0.0),
+        "base": Sizes(n_layers=12, width=768, n_heads=12, hidden=768, max_length=1024, attention_dropout=0.0),
         # the published number of parameters counts no flag embedding, and no weights with one are published
         "whole-human": Sizes(n_layers=12, width=512, n_heads=8, hidden=512, max_length=1200, flag_embedding=False),
     }

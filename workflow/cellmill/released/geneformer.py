@@ -12,6 +12,7 @@ The dictionaries are part of the model: they say which version it is. V1's token
 import json
 import math
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,6 +51,8 @@ SIZES = {
     "max_length": "max_position_embeddings",
     "dropout": "hidden_dropout_prob",
 }
+ATTENTION_DROPOUT = "attention_probs_dropout_prob"
+DROPOUTS = ("hidden_dropout_prob", ATTENTION_DROPOUT)
 FIXED = {
     "hidden_act": "relu",
     "layer_norm_eps": NORM_EPS,
@@ -93,6 +96,8 @@ def read(path: Path, *, genes: Path | None) -> Released:
     _check_rows(tensors, config, weights, version, len(feature_ids), dictionary)
 
     sizes = Geneformer.Sizes(version=version, **{ours: config[theirs] for ours, theirs in SIZES.items()})
+    if config[ATTENTION_DROPOUT] not in (None, sizes.dropout):
+        sizes = replace(sizes, attention_dropout=config[ATTENTION_DROPOUT])
     unknown_V = torch.full_like(medians_V, torch.nan)
     statistics = GeneStatistics(
         nonzero_cells=medians_V.isfinite().long(),
@@ -136,7 +141,7 @@ def write(model: Geneformer, meta: dict, out: Path) -> None:
         "model_type": "bert",
         "vocab_size": len(tokens),
         **{theirs: getattr(sizes, ours) for ours, theirs in SIZES.items()},
-        "attention_probs_dropout_prob": sizes.dropout,
+        ATTENTION_DROPOUT: sizes.dropout_of_attention,
         "initializer_range": INIT_STD,
         **FIXED,
     }
@@ -168,7 +173,7 @@ def _weights(path: Path) -> Path:
 
 
 def _config(path: Path) -> dict:
-    """The settings of `SIZES`, checked, and ``vocab_size`` where the file has it."""
+    """The settings of `SIZES` and `ATTENTION_DROPOUT`, checked, and ``vocab_size`` where the file has it."""
     config = read_json(path)
     if not isinstance(config, dict):
         raise CellmillError(f"{path} holds no settings; give the published file")
@@ -178,11 +183,13 @@ def _config(path: Path) -> dict:
             raise CellmillError(
                 f"{path}: {name} is {config[name]!r}, a Geneformer's is {value!r}; give the folder of a Geneformer"
             )
-    config = {"hidden_dropout_prob": 0.02} | config
-    for name in SIZES.values():
+    config = {"hidden_dropout_prob": 0.02, ATTENTION_DROPOUT: None} | config
+    for name in (*SIZES.values(), ATTENTION_DROPOUT):
         value = config.get(name)
         whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        if not (whole or (name == "hidden_dropout_prob" and isinstance(value, int | float) and 0 <= value < 1)):
+        share = isinstance(value, int | float) and 0 <= value < 1
+        as_hidden = name == ATTENTION_DROPOUT and value is None
+        if not (share or as_hidden if name in DROPOUTS else whole):
             raise CellmillError(f"{path}: {name} is {value!r}; give the config.json of the same release as the weights")
     return config
 

@@ -32,7 +32,7 @@ SENTINELS = {"n_class": 104, "pad_token_id": 103, "mask_token_id": 102, "cell_to
 """Values that stand for padding and the mask in the released code's input; ours marks both by position."""
 OWN = "cellmill"
 """Where an exported config holds the sizes that the layout has no place for; the released code does not read it."""
-OWN_SIZES = ("max_length", "dropout", "redraw_every", "released_depth_tokens", "embedding_depth")
+OWN_SIZES = ("max_length", "dropout", "attention_dropout", "redraw_every", "released_depth_tokens", "embedding_depth")
 ONE_LAYER = {
     "encoder.{}.attention.qkv.weight": "encoder.transformer_encoder.{}.self_attn.in_proj_weight",
     "encoder.{}.attention.qkv.bias": "encoder.transformer_encoder.{}.self_attn.in_proj_bias",

@@ -31,6 +31,7 @@ OPTIONAL = {
     # not the authors' settings: what a checkpoint of ours holds beside them
     "released_gen_stream": "released_gen_stream",
     "cell_prompt_after": "cell_prompt_after",
+    "attention_dropout": "attention_dropout",
 }
 ASSUMED = {"max_length": 1200, "released_gen_stream": True}
 """What the authors trained with, where the settings do not say."""
