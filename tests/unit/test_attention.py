@@ -1,5 +1,7 @@
 """Attention: every way against the plain one, forward and backward, on cells of real lengths, in every layout."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from cellmill.models.graphs import keep_outside
 from cellmill.models.packing import Packing, uniform
 from shard_cells import real_cells
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 LAYOUTS = {"packed": Packing(), "grain": Packing("packed", 256), "padded": Packing("padded")}
 N_HEADS, WIDTH = 2, 16
@@ -156,7 +159,7 @@ def test_a_causal_query_sees_the_keys_up_to_itself():
         torch.testing.assert_close(later[:, 0], torch.tensor([1.5, 2.0]))
 
 
-@pytest.mark.parametrize("way", ["padded", "sdpa"])
+@pytest.mark.parametrize("way", ["padded", "sdpa", "cells"])
 def test_dropout_drops_its_share_of_weights_and_keeps_the_mean(way):
     """Values are an identity matrix, so the context is the weights: each 1 / 16, or 0, or 1 / 16 / (1 - p)."""
     layout = uniform(40, 16)
@@ -170,7 +173,41 @@ def test_dropout_drops_its_share_of_weights_and_keeps_the_mean(way):
     assert (weights == 0).float().mean().item() == pytest.approx(0.25, abs=0.015)
 
 
-@pytest.mark.parametrize("way", ["cells", "flex", "varlen"])
+@pytest.mark.parametrize("case", ["self", "causal cross", "own cross"])
+def test_dropped_weights_have_the_gradients_of_their_own_mask(case):
+    """Finite differences in float64, where the seed and so the mask are always the same; own keys are dropped, too."""
+    lengths = np.array([5, 0, 3, 1])
+    problem = Problem(lengths, Packing(), **cases(lengths)[case], dtype=torch.float64)
+
+    def solve(*leaves):
+        torch.manual_seed(1)
+        problem.leaves = leaves
+        return problem.attend("cells", dropout=0.4)
+
+    leaves = problem.leaves
+    assert torch.autograd.gradcheck(solve, leaves, fast_mode=True)
+    kept = Problem(lengths, Packing(), **cases(lengths)[case], dtype=torch.float64).attend("cells")
+    assert not torch.allclose(solve(*leaves), kept)
+
+
+def test_a_layer_computed_again_drops_the_same_weights(lengths):
+    """Activation checkpointing: the gradients are the same to the bit."""
+    problem = Problem(lengths, Packing(), own=True, dtype=torch.bfloat16)
+
+    def solve(*leaves):
+        problem.leaves = leaves
+        return problem.attend("cells", dropout=0.2)
+
+    gradients = []
+    leaves = problem.leaves
+    for run in (solve, partial(checkpoint, solve, use_reentrant=False)):
+        torch.manual_seed(5)
+        gradients.append(torch.autograd.grad(run(*leaves), leaves, problem.gradient.flatten(1)))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", ["flex", "varlen"])
 def test_what_drops_no_weights_says_so(way):
     with pytest.raises(ValueError, match="drops no weights"):
         Problem(np.array([4]), Packing()).attend(way, dropout=0.1)
@@ -185,9 +222,44 @@ def test_the_choice_can_do_what_is_asked(lengths):
     problem = Problem(lengths, Packing(), dtype=torch.bfloat16)
     pattern = Pattern(problem.queries, problem.keys)
     assert _choose(problem.leaves[0], None, pattern, 0.0) == "cells"
-    assert _choose(problem.leaves[0], None, pattern, 0.1) == "sdpa"
+    assert _choose(problem.leaves[0], None, pattern, 0.1) == "cells"
+    assert _choose(problem.leaves[0].float(), None, pattern, 0.0) == "sdpa"
     with torch.no_grad():
         assert _choose(problem.leaves[0], None, pattern, 0.0) == "sdpa"
+        assert _choose(problem.leaves[0], problem.leaves[:2], pattern, 0.0) == "cells"
+    short = Problem(np.array([20, 30]), Packing())
+    assert _choose(short.leaves[0], None, Pattern(short.queries, short.keys), 0.0) == "padded"
+
+
+@on_gpu
+@pytest.mark.parametrize("width", [8, 12, 24])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_gpus_choice_takes_every_width_of_a_head(lengths, width, own):
+    layout = Packing("packed", 256).layout(lengths).to("cuda")
+    leaves = [torch.randn(layout.n_slots, N_HEADS, width, device="cuda").bfloat16().requires_grad_() for _ in range(5)]
+    results = []
+    for way in (None, "reference"):
+        with attention_backend(way):
+            out = attend(*leaves[:3], layout, own=leaves[3:] if own else None)[layout.used_N]
+        gradients = torch.autograd.grad(out.float().square().sum(), leaves[: 5 if own else 3])
+        results.append([out, *(gradient[layout.used_N] for gradient in gradients)])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours.float() - theirs.float()).norm() < 2**-6 * theirs.float().norm()
+
+
+@pytest.mark.parametrize("packing", LAYOUTS)
+def test_full_matrices_are_layouts_as_others(lengths, packing):
+    """As latents and asked genes are: queries of a matrix without unused slots, to keys of cells, and to such ones."""
+    latents = uniform(4, 6)
+    for keys in (LAYOUTS[packing].layout(lengths[:4]), uniform(4, 3)):
+        q, kv = torch.randn(latents.n_slots, N_HEADS, WIDTH), torch.randn(keys.n_slots, 2, N_HEADS, WIDTH)
+        outs = {}
+        for way in ("reference", "padded", "cells", "sdpa"):
+            with attention_backend(way):
+                outs[way] = attend(q, *kv.unbind(1), latents, keys)
+            torch.testing.assert_close(
+                outs[way], outs["reference"], **EXACT, msg=lambda said, way=way: f"{way}: {said}"
+            )
 
 
 def test_the_module_is_torchs_own_on_a_matrix():

@@ -44,6 +44,9 @@ def test_a_grain_rounds_slots_up_and_padding_fills_a_matrix():
     assert uniform(4, 6).lengths.tolist() == [6] * 4
     assert LAYOUTS["packed"].layout(lengths).bounds.tolist() == [0, 3, 3, 8, 8]
     assert LAYOUTS["grain"].layout(lengths).bounds.tolist() == [0, 3, 3, 8, 256]
+    assert [LAYOUTS[kind].layout(lengths).full for kind in LAYOUTS] == [True, False, False]
+    assert uniform(2, 3).full
+    assert uniform(2, 3).bounds.tolist() == [0, 3, 6, 6]
     with pytest.raises(ValueError, match="cumulative"):
         _ = padded(lengths).bounds
 

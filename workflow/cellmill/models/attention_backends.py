@@ -3,15 +3,16 @@
 Each takes the same arguments and gives the same numbers, forward and backward, to rounding:
 
 * ``reference``: plain products and a float32 softmax, cell after cell. For tests.
-* ``padded``: torch's scaled_dot_product_attention over a padded matrix with a mask. Runs everywhere, drops attention
-  weights where asked, and pays for padding.
+* ``padded``: torch's scaled_dot_product_attention over a padded matrix with a mask. Runs everywhere, and pays for
+  padding. On a CPU it is the fastest for very short cells, on a GPU the only one that drops attention weights.
 * ``sdpa``: the same function cell after cell, without padding. On a CPU it is the fastest in float32 and, forward, in
   bfloat16.
 * ``cells``: cell after cell; forward as ``sdpa``, backward by matrix products of the tensors' own type, from weights
-  that are computed again. For bfloat16 on a CPU, where the backward pass of torch's kernel does not use the matrix unit
-  (``tests/bench/run.py attention``), and for queries with a key of their own.
-* ``varlen``: torch's variable-length flash attention. For bfloat16 and float16 on a GPU.
-* ``flex``: torch's FlexAttention with a mask of cells; compiled on a GPU, forward only on a CPU.
+  that are computed again. On a CPU for bfloat16, where the backward pass of torch's kernel does not use the matrix unit
+  (``tests/bench/run.py attention``), for queries with a key of their own, and where weights are dropped in training: a
+  query's own key is dropped as often as any other.
+* ``varlen``: torch's variable-length flash attention. For bfloat16 and float16 on a GPU; never drops weights.
+* ``flex``: torch's FlexAttention with a mask of cells; compiled on a GPU, forward only on a CPU. Never drops weights.
 
 Untested as yet, for want of a GPU: ``varlen``, and ``flex`` compiled and backward; ``tests/unit/test_attention.py``
 runs them where there is one.
@@ -20,6 +21,7 @@ Legend: B cells, N query slots, S key slots, L queries and P keys of one cell, H
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -86,26 +88,45 @@ def padded(q_NHK: Tensor, k_SHK: Tensor, v_SHK: Tensor, own: Own, pattern: Patte
     queries, keys = pattern.queries, pattern.keys
     q, k, v = (queries.to_matrix(q_NHK), keys.to_matrix(k_SHK), keys.to_matrix(v_SHK))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    n_queries, n_keys = q.shape[2], k.shape[2]
-    place_P = torch.arange(n_keys, device=q.device)
+    if own is not None:
+        own_k, own_v = (queries.to_matrix(x).transpose(1, 2) for x in own)
+        k, v = torch.cat([k, own_k], 2), torch.cat([v, own_v], 2)
+    mask = _remembered(_padded_mask, pattern, own is not None)
+    context_BHLK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    if own is None and len(keys) and not keys.lengths.all():
+        context_BHLK = context_BHLK.masked_fill((keys.lengths_B == 0)[:, None, None, None], 0)
+    return queries.from_matrix(context_BHLK.transpose(1, 2))
+
+
+def _padded_mask(pattern: Pattern, has_own: bool) -> Tensor | None:
+    """Bool [B, 1, L or 1, P] of the keys that a query sees, its own behind those of the cell; None for all."""
+    queries, keys = pattern.queries, pattern.keys
+    n_queries, n_keys = (layout.width or max(layout.longest, 1) for layout in (queries, keys))
+    if keys.n_tokens == len(keys) * n_keys and not pattern.causal and not has_own:
+        return None
+    place_P = torch.arange(n_keys, device=keys.device)
     mask = (place_P < keys.lengths_B[:, None])[:, None, None, :]
     if pattern.causal:
         # a query may look at as many keys as there are beyond the cell's queries, and one more for each in front
         more_B = (keys.lengths_B - queries.lengths_B)[:, None, None]
-        place_L = torch.arange(n_queries, device=q.device)[:, None]
+        place_L = torch.arange(n_queries, device=keys.device)[:, None]
         mask = mask & (place_P <= place_L + more_B)[:, None]
-    empty_B111 = (keys.lengths_B == 0)[:, None, None, None]
-    if own is not None:
-        own_k, own_v = (queries.to_matrix(x).transpose(1, 2) for x in own)
-        k, v = torch.cat([k, own_k], 2), torch.cat([v, own_v], 2)
-        itself = torch.eye(n_queries, dtype=torch.bool, device=q.device).expand(len(queries), 1, -1, -1)
-        mask = torch.cat([mask.expand(-1, -1, n_queries, -1), itself], 3)
-    else:
-        mask = mask | (empty_B111 & (place_P == 0))  # a softmax over nothing would be no number
-    context_BHLK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    if own is None:
-        context_BHLK = context_BHLK.masked_fill(empty_B111, 0)
-    return queries.from_matrix(context_BHLK.transpose(1, 2))
+    if not has_own:
+        # a softmax over nothing would be no number
+        return mask | ((keys.lengths_B == 0)[:, None, None, None] & (place_P == 0))
+    itself = torch.eye(n_queries, dtype=torch.bool, device=keys.device).expand(len(queries), 1, -1, -1)
+    return torch.cat([mask.expand(-1, -1, n_queries, -1), itself], 3)
+
+
+def _remembered(make: Callable, pattern: Pattern, has_own: bool):
+    """What `make` gives for a pattern, kept with the layout of the queries, since every layer asks for it."""
+    queries, keys = pattern.queries, pattern.keys
+    key = (make, id(keys), pattern.causal, has_own)
+    if key not in queries.masks:
+        # another layout of keys is kept, so that its id stays its own; what is made must hold no layout, or it would
+        # hold itself
+        queries.masks[key] = (None if keys is queries else keys, make(pattern, has_own))
+    return queries.masks[key][1]
 
 
 # --- sdpa ------------------------------------------------------------------------------------------------------------
@@ -122,10 +143,8 @@ def sdpa(q_NHK: Tensor, k_SHK: Tensor, v_SHK: Tensor, own: Own, pattern: Pattern
 
 
 def cells(q_NHK: Tensor, k_SHK: Tensor, v_SHK: Tensor, own: Own, pattern: Pattern, dropout: float) -> Tensor:
-    """As `reference`, without dropout; see `cellmill.models.attention_cells`."""
-    if dropout:
-        raise ValueError("attention by cells drops no weights")
-    return attend_cells(q_NHK, k_SHK, v_SHK, own, pattern.queries, pattern.keys, pattern.causal)
+    """As `reference`; see `cellmill.models.attention_cells`."""
+    return attend_cells(q_NHK, k_SHK, v_SHK, own, pattern.queries, pattern.keys, pattern.causal, dropout)
 
 
 # --- varlen ----------------------------------------------------------------------------------------------------------
@@ -164,7 +183,7 @@ def flex(q_NHK: Tensor, k_SHK: Tensor, v_SHK: Tensor, own: Own, pattern: Pattern
         raise ValueError("FlexAttention drops no weights")
     if own is not None:
         k_SHK, v_SHK = torch.cat([k_SHK, own[0]]), torch.cat([v_SHK, own[1]])
-    attention, mask = _flex_attention(q_NHK.device.type), _block_mask(pattern, own is not None)
+    attention, mask = _flex_attention(q_NHK.device.type), _remembered(_block_mask, pattern, own is not None)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_NHK, k_SHK, v_SHK))
     return attention(q, k, v, block_mask=mask).squeeze(0).transpose(0, 1)
 
@@ -177,28 +196,25 @@ def _flex_attention(device: str):
 
 
 def _block_mask(pattern: Pattern, has_own: bool):
-    """Which keys each query sees; remembered by the layout of the queries, since every layer asks for it."""
+    """Which keys each query sees; `own` keys stand behind the others."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    queries, keys = pattern.queries, pattern.keys
-    key = (id(keys), pattern.causal, has_own)
-    if key not in queries.masks:
-        query_rows, query_places, key_rows, key_places = queries.rows_N, queries.places_N, keys.rows_N, keys.places_N
-        n_cells, n_keys = len(queries), keys.n_slots
-        more_B = torch.cat([keys.lengths_B - queries.lengths_B, keys.lengths_B.new_zeros(1)])
+    queries, keys, causal = pattern.queries, pattern.keys, pattern.causal
+    query_rows, query_places, key_rows, key_places = queries.rows_N, queries.places_N, keys.rows_N, keys.places_N
+    n_cells, n_keys = len(queries), keys.n_slots
+    more_B = torch.cat([keys.lengths_B - queries.lengths_B, keys.lengths_B.new_zeros(1)])
 
-        def sees(batch, head, query, key):
-            place = torch.clamp(key, max=n_keys - 1)
-            row = query_rows[query]
-            found = (row == key_rows[place]) & (row < n_cells) & (key < n_keys)
-            if pattern.causal:
-                found = found & (key_places[place] <= query_places[query] + more_B[row])
-            return found | (key - n_keys == query) if has_own else found
+    def sees(batch, head, query, key):
+        place = torch.clamp(key, max=n_keys - 1)
+        row = query_rows[query]
+        found = (row == key_rows[place]) & (row < n_cells) & (key < n_keys)
+        if causal:
+            found = found & (key_places[place] <= query_places[query] + more_B[row])
+        return found | (key - n_keys == query) if has_own else found
 
-        n_all = n_keys + (queries.n_slots if has_own else 0)
-        mask = create_block_mask(sees, None, None, queries.n_slots, n_all, device=query_rows.device)
-        queries.masks[key] = (keys, mask)  # the keys' layout is kept, so that its id stays its own
-    return queries.masks[key][1]
+    n_all = n_keys + (queries.n_slots if has_own else 0)
+    on_gpu = query_rows.device.type == "cuda"  # compiled, the mask is never a whole matrix
+    return create_block_mask(sees, None, None, queries.n_slots, n_all, query_rows.device, _compile=on_gpu)
 
 
 BACKENDS = {"reference": reference, "padded": padded, "sdpa": sdpa, "cells": cells, "varlen": varlen, "flex": flex}

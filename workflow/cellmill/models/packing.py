@@ -93,21 +93,31 @@ class Layout:
         """int64 [B], on the host."""
         return self.starts + self.lengths
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Tokens of the longest cell."""
         return int(self.lengths.max(initial=0))
 
-    @property
+    @cached_property
     def n_tokens(self) -> int:
         """Slots that are used."""
         return int(self.lengths.sum())
+
+    @property
+    def full(self) -> bool:
+        """Whether every slot is used: a matrix that is full is a packed layout, too."""
+        return self.n_tokens == self.n_slots
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Layout":
         """The same layout for tensors on `device`."""
         if torch.device(device) == self.device:
             return self
         return Layout(self.lengths, self.starts, self.n_slots, self.width, device)
+
+    def one_each(self) -> "Layout":
+        """The layout of one token of each cell, which lie as the cells do: in a matrix or packed."""
+        kind = "packed" if self.width is None else "padded"
+        return Packing(kind).layout(np.ones(len(self))).to(self.device)
 
     # --- on the host: putting ragged arrays into slots ----------------------------------------------------------------
 
@@ -125,7 +135,8 @@ class Layout:
 
     # --- on the device ------------------------------------------------------------------------------------------------
 
-    def _on_device(self, array: np.ndarray) -> Tensor:
+    def on_device(self, array: np.ndarray) -> Tensor:
+        """A tensor on the layout's device; to a GPU through pinned memory, so that nobody waits for it."""
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
@@ -134,12 +145,12 @@ class Layout:
     @cached_property
     def lengths_B(self) -> Tensor:
         """int64 [B]."""
-        return self._on_device(self.lengths)
+        return self.on_device(self.lengths)
 
     @cached_property
     def starts_B(self) -> Tensor:
         """int64 [B]."""
-        return self._on_device(self.starts)
+        return self.on_device(self.starts)
 
     @cached_property
     def rows_N(self) -> Tensor:
@@ -147,7 +158,8 @@ class Layout:
         if self.width is not None:
             row_N = torch.arange(self.n_slots, device=self.device) // self.width
             return torch.where(self._place_in_row(row_N) < self.lengths_B[row_N], row_N, len(self))
-        counts = torch.cat([self.lengths_B, self.lengths_B.new_tensor([self.n_slots - self.n_tokens])])
+        n_unused = torch.full((1,), self.n_slots - self.n_tokens, device=self.device)  # made there: nobody waits for it
+        counts = torch.cat([self.lengths_B, n_unused])
         rows_B = torch.arange(len(self) + 1, device=self.device)
         return torch.repeat_interleave(rows_B, counts, output_size=self.n_slots)
 
@@ -170,9 +182,9 @@ class Layout:
     @cached_property
     def bounds(self) -> Tensor:
         """int32 [B + 2], cumulative lengths of packed cells; unused slots at the end count as one more cell."""
-        if self.width is not None:
+        if self.width is not None and not self.full:
             raise ValueError("a padded layout has no cumulative lengths")
-        return self._on_device(np.r_[self.starts, self.n_tokens, self.n_slots].astype(np.int32))
+        return self.on_device(np.r_[self.starts, self.n_tokens, self.n_slots].astype(np.int32))
 
     def sum(self, x_ND: Tensor, where_N: Tensor | None = None) -> Tensor:
         """float32 [B, D], the sum over each cell's tokens, or those of them where `where_N` holds."""
@@ -195,20 +207,23 @@ class Layout:
     def to_matrix(self, x_N: Tensor, fill: float = 0) -> Tensor:
         """[B, L, ...] from [N, ...]; L is the longest cell (at least 1), `fill` stands behind each cell."""
         if self.width is not None:
-            return torch.where(_like(self.used_N, x_N), x_N, fill).unflatten(0, (len(self), self.width))
+            x_N = x_N if self.full else torch.where(_like(self.used_N, x_N), x_N, fill)
+            return x_N.unflatten(0, (len(self), self.width))
         width = max(self.longest, 1)
         out = x_N.new_full((len(self) * width + 1, *x_N.shape[1:]), fill)
-        return out.index_copy(0, self._matrix_index(width), x_N)[:-1].unflatten(0, (len(self), width))
+        return out.index_copy(0, self._matrix_index, x_N)[:-1].unflatten(0, (len(self), width))
 
     def from_matrix(self, x_BL: Tensor) -> Tensor:
         """[N, ...] from the [B, L, ...] of `to_matrix`; zeros in unused slots."""
         if self.width is not None:
             return x_BL.flatten(0, 1)
         flat = torch.cat([x_BL.flatten(0, 1), x_BL.new_zeros(1, *x_BL.shape[2:])])
-        return flat.index_select(0, self._matrix_index(x_BL.shape[1]))
+        return flat.index_select(0, self._matrix_index)
 
-    def _matrix_index(self, width: int) -> Tensor:
-        """int64 [N], the slot of each token in a flattened [B, width]; B width for unused slots."""
+    @cached_property
+    def _matrix_index(self) -> Tensor:
+        """int64 [N], the slot of each token in the flattened matrix of `to_matrix`; B L for unused slots."""
+        width = max(self.longest, 1)
         return torch.where(self.used_N, self.rows_N * width + self.places_N, len(self) * width)
 
 

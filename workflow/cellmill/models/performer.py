@@ -9,6 +9,7 @@ Legend: B cells, N query slots, S key slots, P tokens of one piece, H heads, K w
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cellmill.models.graphs import outside_graphs
 from cellmill.models.packing import Layout
@@ -85,6 +86,7 @@ class _Performer(torch.autograd.Function):
         return out_NHK
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_NHK):
         q_NHK, k_SHK, v_SHK, projection_FK, sums_BHFK, largest_B = ctx.saved_tensors
         queries, keys = ctx.layouts
