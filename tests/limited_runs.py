@@ -31,6 +31,7 @@ def run(shards: str, sizes: dict, training: dict, addresses: int | None = None, 
     before = memory._status("VmSize")
     if addresses:
         resource.setrlimit(resource.RLIMIT_AS, (before + addresses,) * 2)
+        memory.save_addresses()
     RECIPES["geneformer"] = replace(RECIPES["geneformer"], sizes=sizes)
     said, found = io.StringIO(), {"error": None, "losses": [], "seconds": 0.0}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(said):

@@ -28,6 +28,7 @@ BENCHMARKS = (
     "curation",
     "training",
     "attention",
+    "memory",
     "scoring",
     "perturbation",
     "engine",

@@ -65,8 +65,9 @@ class Limit(NamedTuple):
 
     @property
     def free(self) -> int:
-        """Bytes that training may take besides, leaving `SPARE`."""
-        return int(self.total * (1 - SPARE)) - self.used
+        """Bytes that training may take besides, leaving `SPARE` of all, or of the addresses that are left."""
+        spare = SPARE * (self.total - self.used if self.source == ADDRESSES else self.total)
+        return int(self.total - self.used - spare)
 
 
 NO_LIMIT = Limit(2**62, 0, "no limit is known")
@@ -320,7 +321,7 @@ def choose_tokens(
         raise too_long(longest, "found by trying")
     if full < longest and tightest.source != ADDRESSES:
         raise too_long(longest, tightest.source)
-    chosen = min(rounded(fitting), most)
+    chosen = min(max(rounded(fitting), longest), most)
     if known is not None:
         chosen = known if known <= full else min(chosen, known)
     size = f"{chosen:,} tokens{', more than a step has' if chosen == most else ''}"
