@@ -48,7 +48,7 @@ def questions(sentences: Sentences, layout: Layout, packing: Packing) -> Inputs:
     """
     lengths_B = np.minimum(sentences.targets_B, np.diff(sentences.offsets) - 1)
     offsets = offsets_of(lengths_B)
-    layout_asked = Packing("packed", packing.grain).layout(lengths_B)
+    layout_asked = (Packing("packed", packing.grain) if len(lengths_B) else packing).layout(lengths_B)
     number_M = np.arange(offsets[-1])
     behind_M = spread(offsets[1:], offsets) - 1 - number_M  # questions behind this one
     next_M = number_M + spread(sentences.offsets[1:] - offsets[1:], offsets)
@@ -100,7 +100,7 @@ def over_answers(h_MD: Tensor, e_MD: Tensor, v_MD: Tensor, inputs: Inputs) -> Ov
     """See `OverAnswers`; `e_MD` and `v_MD` are of the words right behind each question."""
     asked, y_M, w_M = inputs["layout_asked"], inputs["next_values"].float(), inputs["weights"]
     # <E>, the last answer, is that of the last question alone
-    last_B = torch.from_numpy(asked.ends[asked.lengths > 0] - 1).to(h_MD.device)
+    last_B = asked.on_device(asked.ends[asked.lengths > 0] - 1)
     h_BD, e_BD, v_BD = (x_MD.index_select(0, last_B) for x_MD in (h_MD, e_MD, v_MD))
     error_B = ((h_BD * v_BD).sum(1) - y_M[last_B]).square()
     is_word_M = torch.ones_like(w_M).index_fill_(0, last_B, 0)
@@ -186,7 +186,7 @@ def _groups(asked: Layout, block: int) -> Iterator[Tensor]:
         place_L = np.arange(length)
         used_GL = place_L < asked.lengths[group_G, None]
         index_GL = np.where(used_GL, asked.starts[group_G, None] + place_L, asked.n_slots)
-        yield torch.from_numpy(index_GL).to(asked.device)
+        yield asked.on_device(index_GL)
 
 
 def _block(x: Tensor) -> int:
