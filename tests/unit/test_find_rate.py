@@ -8,6 +8,7 @@ import pytest
 import torch
 from cellmill.errors import CellmillError
 from cellmill.shards.statistics import compute_statistics
+from cellmill.training import find_rate as module
 from cellmill.training.find_rate import HIGHEST, LOWEST, find_rate, has_diverged, read_curve
 from small_runs import RECIPES, make_corpus, train
 
@@ -89,3 +90,13 @@ def test_the_suggestion_trains_as_well_as_ten_times_more_or_less(corpus, tmp_pat
     assert losses[1] < losses[0.1] - 0.1
     assert losses[1] < losses[10] + 0.02
     assert LOWEST < test.suggestion < (test.divergence or HIGHEST)
+
+
+def test_steps_have_the_tokens_that_the_recipe_says(corpus, monkeypatch):
+    seen, views = [], module.views
+    monkeypatch.setattr(
+        module, "views", lambda model, cells, *a, **k: seen.append(cells) or views(model, cells, *a, **k)
+    )
+    training = replace(RECIPE.training, batch_size=8, batch_tokens=1000)
+    test = find_rate(corpus, compute_statistics(corpus), replace(RECIPE, training=training), steps=20)
+    assert [len(cells) for cells in seen] == [16] * len(test.losses_T)  # of 64 tokens a cell at most

@@ -1,7 +1,8 @@
 """Pretraining: from shards and a recipe to a checkpoint and a log, with exact resume.
 
-A run is a pure function of (shards, statistics, recipe, seed): what a cell's view hides is keyed by (seed, step, cell),
-the order of the cells by the seed, and dropout by torch's generators, whose states are saved. On the CPU every
+A run is a pure function of (shards, statistics, recipe, seed) and, where there is dropout, of how its steps were cut:
+what a cell's view hides is keyed by (seed, step, cell), the order of the cells by the seed, and dropout by torch's
+generators, whose states are saved. On the CPU every
 operation is deterministic, so a run that was killed and went on ends in the same weights, to the bit, as one that was
 not.
 
@@ -11,6 +12,7 @@ predicted positions are known before the first forward pass, so every micro batc
 
 import dataclasses
 import hashlib
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -40,8 +42,8 @@ from cellmill.training import memory
 from cellmill.training.guard import Guard, largest_norms
 from cellmill.training.log import LOG, MACHINE, Log
 from cellmill.training.meter import Meter, note
-from cellmill.training.micro_batches import Step, few_shapes, views
-from cellmill.training.offending_batch import OffendingBatch, datasets_of, describe_model, stopped
+from cellmill.training.micro_batches import Step, few_shapes, read_step, views
+from cellmill.training.offending_batch import ADVICE, OffendingBatch, datasets_of, describe_model, stopped
 from cellmill.training.optimizer import learning_rate, make_optimizer
 from cellmill.training.parallel import Ranks, Wrapped, fill, shared_losses, whole_model, whole_tensors, wrap
 from cellmill.training.precision import is_compiled, prepare_blocks
@@ -88,21 +90,29 @@ def pretrain(
     Raises
     ------
     CellmillError
-        If the input does not fit, the loss or its gradient is not finite, or a file cannot be written. The last state
-        is kept.
+        If the input does not fit, a loss or its gradient is not finite, the loss jumps (``spike_factor``), memory runs
+        out, ``early_stop`` has no held-out cells to go by, ranks do not find the same state, or a file cannot be
+        written. The last state is kept.
     """
     out, state, training = Path(out), Path(state), recipe.training
     shards.check_vocabulary(vocabulary_hash(meta["feature_ids"]))
     ranks = Ranks.from_environment()
     ranks.check(training)
+    memory.save_addresses()
     fingerprint = _fingerprint(shards, statistics, recipe, seed, meta)
     found, remarks = load_state(state, fingerprint)
-    n_done = training.batch_size * found.step if found else 0
+    step, n_done = (found.step, found.cells) if found else (0, 0)
+    n_cells = n_done * training.steps // step if step else training.batch_size * training.steps
     with (
         memory.explained(training),
         ranks.joined(),
-        Progress(f"{name} seed {seed}", training.batch_size * training.steps, n_done, ranks.main) as bar,
+        Progress(f"{name} seed {seed}", n_cells, n_done, ranks.main) as bar,
     ):
+        if ranks.most(step) != -ranks.most(-step):
+            raise CellmillError(
+                f"{state}: rank {ranks.rank} of {ranks.world} finds {f'the state of step {step}' if found else 'none'} "
+                "and others find another one; the folder must lie on a disk that all machines share"
+            )
         run = _Run(shards, statistics, recipe, seed, ranks)
         if ranks.world > 1:
             bar.say(f"{ranks.world} ranks, {training.parallel} over {ranks.kind}")
@@ -111,6 +121,7 @@ def pretrain(
                 bar.say(remark)
             if found:
                 run.restore(found)
+                found = None  # its tensors are the model's now
                 bar.say(f"goes on from step {run.step} of {training.steps}")
             run.train(state, fingerprint, bar)
         model = whole_model(run.wrapped, lambda: build_model(recipe, shards.n_genes, statistics, seed))
@@ -146,7 +157,7 @@ class _Run:
         self.model = build_model(recipe, shards.n_genes, statistics, seed).to(self.device)
         if is_compiled(training, self.device):
             usual = next(shards.batches("train", training.batch_size // ranks.world, categories=self.model.categories))
-            self.usual = max(int(self.model.token_lengths(usual).sum()), training.batch_tokens or 0)
+            self.usual = max(int(self.model.token_lengths(usual).sum()), (training.batch_tokens or 0) // ranks.world)
         else:
             self.usual = None
             self.model.packing = Packing(training.packing)
@@ -160,6 +171,11 @@ class _Run:
         if "validation" in shards.splits and shards.n_cells("validation"):
             size, n_cells = training.batch_size, training.validation_cells
             self.validation = list(spread_batches(shards, "validation", size, n_cells, categories))
+        if training.early_stop is not None and not self.validation:
+            raise CellmillError(
+                "training.early_stop needs held-out cells and the corpus has none; set corpus.splits so that it has "
+                "some, or leave early_stop out"
+            )
         self.beside = dist.new_group(backend="gloo") if training.batch_tokens and ranks.world > 1 else None
         self.log, self.speed = Log(), ""
         self.meter = Meter(self.device, torch.float32 if self.autocast is EXACT else torch.bfloat16, ranks)
@@ -184,8 +200,11 @@ class _Run:
         progress.say(self.meter.explain())
         with Aside() as saving, ThreadPoolExecutor(1, "cellmill-views") as ahead:  # makes the views of the next step
             coming = ahead.submit(self.prepare, self.step)
-            if training.micro_batch_tokens == "auto" and self.step < training.steps:
-                self._fit_memory(coming.result().cells, progress)
+            ended = self.step == training.steps or self.guard.out_of_patience
+            if training.micro_batch_tokens == "auto" and not ended:
+                cells = coming.result().cells
+                with self.meter.paused():
+                    self._fit_memory(cells, progress)
             if self.step == 0:
                 self._validate()
             self.model.train()
@@ -198,7 +217,8 @@ class _Run:
                     self.meter.count(self.model, now.parts, len(now.cells), self.step)
                 self.step, self.cells = self.step + 1, self.cells + now.n_cells
                 loss = self._record(measured, now, folder)
-                progress.update(self.step * training.batch_size, f"step {self.step}, loss {loss:.4f}", self.speed)
+                progress.total = self.cells * training.steps // self.step  # with batch_tokens a guess until the end
+                progress.update(self.cells, f"step {self.step}, loss {loss:.4f}", self.speed)
                 last = self.step == training.steps
                 if last or self.step % training.validate_every == 0:
                     self._validate()
@@ -224,7 +244,7 @@ class _Run:
         self.guard.recall(state.log)
         self.step, self.cells, self.genes = state.step, state.cells, state.genes
         given = self.training.micro_batch_tokens
-        self.limit_to(state.limit if given == "auto" else min(state.limit, given))
+        self.limit_to(state.limit if given == "auto" else given)
         self.seconds_before, self.began = state.seconds, time.monotonic()
 
     def state(self, position: dict) -> State:
@@ -243,16 +263,10 @@ class _Run:
 
     def prepare(self, step: int) -> Step:
         """Read this rank's cells of a step and make the views of their micro batches."""
-        batches = [next(self.loader)]
-        if self.training.batch_tokens:
-            tokens = self._tokens(batches[0])
-            while tokens < self.training.batch_tokens:
-                batches.append(next(self.loader))
-                tokens += max(self._tokens(batches[-1]), 1)  # cells without a token cannot be waited for
-        cells = CellBatch.concatenate(batches) if len(batches) > 1 else batches[0]
+        cells, n_batches = read_step(self.loader, self._tokens, self.training.batch_tokens)
         limit = self.limit
         parts = views(self.model, cells, limit, self.device, seed=self.seed, step=step)
-        return Step(cells, parts, limit, len(batches) * self.training.batch_size, self.loader.state_dict())
+        return Step(cells, parts, limit, n_batches * self.training.batch_size, self.loader.state_dict())
 
     def _tokens(self, cells: CellBatch) -> int:
         """Tokens of these cells and of what the other ranks read beside them."""
@@ -312,8 +326,8 @@ class _Run:
 
     def _over_ranks(self, terms: Losses, n_genes: int) -> dict[str, torch.Tensor]:
         """The step's loss, the means of its terms and the expressed genes that were read, of all ranks."""
-        genes = torch.tensor(n_genes, device=self.device)
-        sums = self.ranks.sum(torch.stack([genes.double(), *(term.sum.double() for term in terms.values())]))
+        genes = torch.full((), n_genes, dtype=torch.float64, device=self.device)  # nobody waits for it
+        sums = self.ranks.sum(torch.stack([genes, *(term.sum.double() for term in terms.values())]))
         terms = {name: LossTerm(total, terms[name].count) for name, total in zip(terms, sums[1:], strict=True)}
         means = {name: term.sum / term.count.clamp(min=1) for name, term in terms.items()}
         return {"loss": total_loss(terms), **means, "genes": sums[0]}
@@ -334,7 +348,7 @@ class _Run:
         return values["loss"]
 
     def _stopped(self, reason: str, values: dict[str, float], now: Step, folder: Path) -> CellmillError:
-        """Save what this rank worked on; returns the error that ends the run."""
+        """Save what this rank worked on, as every rank does; returns the error that ends the run."""
         batch = OffendingBatch(
             reason=reason,
             step=self.step,
@@ -346,7 +360,9 @@ class _Run:
             parts=now.parts,
             model=describe_model(self.model, self.architecture),
         )
-        return stopped(folder, batch, self.ranks.rank)
+        error = stopped(folder, batch, self.ranks.rank)
+        self.ranks.agree(True)  # the first to leave ends the others, which may still be writing
+        return error
 
     def _validate(self) -> None:
         if self.validation:
@@ -358,6 +374,9 @@ class _Run:
                         self.wrapped, self.validation, self.seed, self.autocast, self.limit, self.ranks
                     )
             self.log.add(self.step, "validation", losses, self.seconds)
+            if not math.isfinite(losses["loss"]):
+                reason = f"the held-out loss became {losses['loss']} at step {self.step}"
+                raise CellmillError(f"training: {reason}; {ADVICE} (the last saved state is kept)")
             self.guard.validated(losses["loss"])
 
 

@@ -21,7 +21,7 @@ from cellmill.progress import Progress
 from cellmill.recipes import ModelRecipe
 from cellmill.shards.dataset import Shards
 from cellmill.shards.loader import Loader
-from cellmill.training.micro_batches import views
+from cellmill.training.micro_batches import read_step, views
 from cellmill.training.optimizer import make_optimizer
 from cellmill.training.parallel import Ranks, wrap
 from cellmill.training.precision import prepare_blocks
@@ -86,7 +86,7 @@ def find_rate(
     wrapped = wrap(model, training, Ranks())
     optimizer = make_optimizer(model, training)
     Ranks().seed(seed)
-    rates_T, losses = np.geomspace(LOWEST, HIGHEST, steps), []
+    rates_T, losses, n_cells = np.geomspace(LOWEST, HIGHEST, steps), [], 0
     with (
         Loader(shards, "train", training.batch_size, seed, categories=model.categories) as loader,
         Progress(f"{name}, learning rate", training.batch_size * steps) as bar,
@@ -95,13 +95,18 @@ def find_rate(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad()
-            parts = views(model, next(loader), limit, device, seed=seed, step=step)
+            cells, n_batches = read_step(
+                loader, lambda cells: int(model.token_lengths(cells).sum()), training.batch_tokens
+            )
+            parts = views(model, cells, limit, device, seed=seed, step=step)
             losses.append(float(total_loss(accumulate_gradients(wrapped, parts, step, autocast))))
             if has_diverged(losses):
                 break
             wrapped.clip(training.gradient_clip)
             optimizer.step()
-            bar.update((step + 1) * training.batch_size, f"rate {rate:.1e}, loss {losses[-1]:.4f}")
+            n_cells += n_batches * training.batch_size
+            bar.total = n_cells * steps // (step + 1)
+            bar.update(n_cells, f"rate {rate:.1e}, loss {losses[-1]:.4f}")
     return read_curve(rates_T[: len(losses)], np.array(losses))
 
 

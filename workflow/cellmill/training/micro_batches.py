@@ -3,6 +3,7 @@
 Legend: B cells.
 """
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +42,8 @@ def cut(lengths_B: np.ndarray, limit: int) -> list[np.ndarray]:
     if len(rows) == 0:
         return parts
     rows = rows[np.argsort(-lengths_B[rows], kind="stable")]
-    n_parts = max(-(-int(lengths_B[rows].sum()) // limit), 1)
+    # cells that are longer than half the limit cannot share one
+    n_parts = max(-(-int(lengths_B[rows].sum()) // limit), int((2 * lengths_B[rows] > limit).sum()), 1)
     while True:
         part_of, longest = _spread(lengths_B[rows], n_parts)
         if longest <= limit:
@@ -65,6 +67,19 @@ def few_shapes(tokens: int) -> Packing:
     On average a half of a `SHAPES`-th is unused of one that is full: 1.6 %.
     """
     return Packing(grain=max(tokens // SHAPES, 1))
+
+
+def read_step(
+    loader: Iterator[CellBatch], tokens: Callable[[CellBatch], int], at_least: int | None
+) -> tuple[CellBatch, int]:
+    """The cells of one step: one batch of the loader, or as many as have so many tokens; and how many batches."""
+    batches = [next(loader)]
+    if at_least:
+        n_tokens = tokens(batches[0])
+        while n_tokens < at_least:
+            batches.append(next(loader))
+            n_tokens += max(tokens(batches[-1]), 1)  # cells without a token cannot be waited for
+    return CellBatch.concatenate(batches) if len(batches) > 1 else batches[0], len(batches)
 
 
 class Step(NamedTuple):

@@ -26,6 +26,7 @@ from cellmill.models.base import CellModel, Inputs
 from cellmill.models.packing import Layout
 from cellmill.shards.batch import CellBatch
 from cellmill.shards.dataset import Shards
+from cellmill.shards.reader import read_obs
 
 NAME = "offending_batch"
 ADVICE = (
@@ -83,12 +84,16 @@ def describe_model(model: CellModel, architecture: str) -> dict:
 
 def datasets_of(shards: Shards, split: str, cells: CellBatch) -> list[str]:
     """The data set of each cell; empty if the shards do not name data sets."""
+    joinids, named = pa.array(cells.joinids), {}
     try:
-        obs = shards.obs(split, ["soma_joinid", "dataset_id"])
+        for path in dict.fromkeys(group.path for group in shards.row_groups(split)):  # a corpus may be large
+            obs = read_obs(path, ["soma_joinid", "dataset_id"])
+            obs = obs.filter(pc.is_in(obs["soma_joinid"], joinids))
+            named |= zip(obs["soma_joinid"].to_pylist(), obs["dataset_id"].to_pylist(), strict=True)
+            if len(named) == len(joinids):
+                break
     except (CellmillError, KeyError, pa.ArrowInvalid):
         return []
-    obs = obs.filter(pc.is_in(obs["soma_joinid"], pa.array(cells.joinids)))
-    named = dict(zip(obs["soma_joinid"].to_pylist(), obs["dataset_id"].to_pylist(), strict=True))
     return [str(named.get(joinid, "unknown")) for joinid in cells.joinids.tolist()]
 
 
@@ -133,8 +138,11 @@ def save_batch(folder: Path, batch: OffendingBatch, rank: int = 0) -> Path:
 
 
 def load_batch(path: Path) -> OffendingBatch:
-    """Read what `save_batch` wrote; `path` is either file, or their folder."""
-    path = Path(path) / f"{NAME}.json" if Path(path).is_dir() else Path(path).with_suffix(".json")
+    """Read what `save_batch` wrote; `path` is either file, or their folder (of several ranks, the first one's)."""
+    path = Path(path)
+    if path.is_dir():
+        path = next(iter(sorted(path.glob(f"{NAME}*.json"))), path / f"{NAME}.json")
+    path = path.with_suffix(".json")
     try:
         content = json.loads(path.read_text())
         tensors = load_file(path.with_suffix(".safetensors"))
