@@ -1,7 +1,14 @@
 """Cutting a step into micro batches: every cell once, no more tokens than allowed, little room left empty."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
+import torch
+from cellmill.models.attention import attend, attention_backend
+from cellmill.models.packing import PACKED
+from cellmill.training import micro_batches
 from cellmill.training.micro_batches import SHAPES, cut, few_shapes
 from shard_cells import real_cells
 
@@ -52,6 +59,29 @@ def test_micro_batches_are_few_and_equally_long(lengths, n_cells):
 def test_cells_without_tokens_are_kept():
     assert [rows.tolist() for rows in cut(np.zeros(3, np.int64), 100)] == [[0, 1, 2]]
     assert [rows.tolist() for rows in cut(np.array([0, 200]), 100)] == [[1], [0]]
+
+
+def test_cells_longer_than_half_the_limit_are_cut_at_once(monkeypatch):
+    tries, spread = [], micro_batches._spread
+    monkeypatch.setattr(micro_batches, "_spread", lambda *a: tries.append(1) or spread(*a))
+    assert len(cut(np.full(300, 60), 100)) == 300
+    assert len(tries) == 1
+
+
+def test_a_layout_goes_with_its_last_owner():
+    """Also one whose mask of attention was remembered: nothing waits for the garbage collector."""
+    x_NHK = torch.randn(30, 2, 16)
+    layout = PACKED.layout(np.array([10, 20]))
+    gone = weakref.ref(layout)
+    gc.disable()
+    try:
+        with attention_backend("flex"), torch.no_grad():
+            attend(x_NHK, x_NHK, x_NHK, layout, causal=True)
+        assert layout.masks
+        del layout
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("longest", [256, 1024, 4096])

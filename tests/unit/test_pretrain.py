@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from cellmill.training.micro_batches import cut
 from cellmill.training.optimizer import learning_rate
 from cellmill.training.parallel import Wrapped
 from cellmill.training.precision import prepare_blocks
+from cellmill.training.state import load_state
 from small_runs import META, N_GENES, RECIPES, make_corpus, make_shards, train
 
 SMALL = {"n_layers": 2, "width": 16, "n_heads": 2, "hidden": 32, "max_length": 400, "dropout": 0.0}
@@ -190,7 +193,7 @@ def test_micro_batches_train_alike(corpus, tmp_path, monkeypatch, precision):
             assert cut[step, split, metric] == pytest.approx(whole[step, split, metric], **slack), (step, metric)
 
 
-def test_steps_take_batches_until_they_have_their_tokens(corpus, statistics, tmp_path):
+def test_steps_take_batches_until_they_have_their_tokens(corpus, statistics, tmp_path, capsys):
     train(corpus, "geneformer", tmp_path / "out", tmp_path / "state", steps=4, batch_tokens=1000)
     log = read_log(tmp_path / "out")
     model = build_model(RECIPES["geneformer"], N_GENES, statistics, 0)
@@ -204,6 +207,7 @@ def test_steps_take_batches_until_they_have_their_tokens(corpus, statistics, tmp
                 n_cells, n_genes = n_cells + 8, n_genes + len(cells.genes)
             assert (log[step, "train", "cells"], log[step, "train", "genes"]) == (n_cells, n_genes)
     assert n_cells == 4 * 16  # two batches a step, of 64 tokens a cell at most
+    assert "64 of 64 cells, step 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["geneformer", "scgpt"])
@@ -368,6 +372,40 @@ def test_a_stopped_run_goes_on(corpus, stopped, capsys):
     assert read_log(stopped / "out") == read_log(stopped / "again")
     seconds = pq.read_table(stopped / "out/log.parquet")["seconds"].to_numpy()
     assert (np.diff(seconds) >= 0).all()
+
+
+@pytest.mark.parametrize(("before", "after"), [(150, 16384), (16384, 150)])
+def test_a_run_goes_on_with_the_micro_batches_that_it_is_given(corpus, stopped, monkeypatch, before, after):
+    limits, ours = [], accumulate_gradients
+    shutil.rmtree(stopped / "state")
+    with monkeypatch.context() as patch:
+        patch.setattr("cellmill.pretrain.learning_rate", _fail_at(4))
+        with pytest.raises(KeyboardInterrupt):
+            train(corpus, "geneformer", stopped / "out", stopped / "state", micro_batch_tokens=before)
+    monkeypatch.setattr(
+        "cellmill.pretrain.accumulate_gradients", lambda w, parts, *a: limits.append(len(parts)) or ours(w, parts, *a)
+    )
+    train(corpus, "geneformer", stopped / "out", stopped / "state", micro_batch_tokens=after)
+    assert len(limits) == 9
+    assert all((n_parts == 1) == (after == 16384) for n_parts in limits)
+
+
+def test_a_state_is_forgotten_when_it_is_restored(corpus, stopped, monkeypatch):
+    kept, load = [], load_state
+
+    def loading(*arguments):
+        found, remarks = load(*arguments)
+        kept.extend(weakref.ref(tensor) for name, tensor in found.tensors.items() if name.startswith("model."))
+        return found, remarks
+
+    def rate(step, training):
+        assert kept
+        assert not any(tensor() is not None for tensor in kept)
+        return learning_rate(step, training)
+
+    monkeypatch.setattr("cellmill.pretrain.load_state", loading)
+    monkeypatch.setattr("cellmill.pretrain.learning_rate", rate)
+    train(corpus, "geneformer", stopped / "out", stopped / "state")
 
 
 @pytest.mark.parametrize("file", ["tensors.safetensors", "log.parquet", "state.json"])
