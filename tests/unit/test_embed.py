@@ -42,6 +42,24 @@ def test_batches_and_cuts_do_not_matter(models, whole, data, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_a_forward_pass_has_few_tokens(models, whole, monkeypatch, name):
+    model, passes = models[name], []
+    expected = embed_shards(model, whole, "all", 64, progress=False)
+    longest = max(model.token_lengths(next(whole.batches("all", len(ROWS)))))
+    ours = type(model).embed_inputs
+
+    def noting(self, cells):
+        passes.append(self.token_lengths(cells).sum())
+        return ours(self, cells)
+
+    monkeypatch.setattr(type(model), "embed_inputs", noting)
+    monkeypatch.setattr("cellmill.embed.TOKENS", 5 * longest)
+    x_BE = embed_shards(model, whole, "all", 64, progress=False)
+    assert longest < max(passes) <= 5 * longest
+    np.testing.assert_allclose(x_BE, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_cells_without_genes_are_embedded(models, data, tmp_path, name):
     cells, obs = real_cells(data, "baron_h1")
     cells, obs = few_genes(cells.take(range(9))), obs.slice(0, 9)

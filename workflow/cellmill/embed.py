@@ -11,12 +11,14 @@ import torch
 
 from cellmill.device import arithmetic, best_device
 from cellmill.errors import CellmillError
+from cellmill.evaluate_loss import TOKENS
 from cellmill.files import atomic, sha256
 from cellmill.gene_map import GeneMap
 from cellmill.models.base import CellModel, to_device
 from cellmill.progress import Progress
 from cellmill.shards.dataset import Shards
 from cellmill.shards.reader import read_obs
+from cellmill.training.micro_batches import cut
 
 BATCHES_SORTED_TOGETHER = 32
 
@@ -33,8 +35,8 @@ def embed_shards(
 ) -> np.ndarray:
     """Embed every cell of a split, in evaluation mode.
 
-    Cells of similar length are put into one batch, which suits attention that pads; a cell's embedding depends on
-    neither that nor the batch size, but for rounding.
+    Cells of similar length go into one forward pass, and at most `TOKENS` tokens, so that its memory is bounded; a
+    cell's embedding depends on neither, but for rounding.
 
     Parameters
     ----------
@@ -44,7 +46,7 @@ def embed_shards(
         The cells, with the vocabulary that the model was trained on (``shards.check_vocabulary``), or any with a
         `gene_map`.
     batch_size
-        Cells per forward pass.
+        Cells per forward pass at most.
     pooling
         One of the architecture's poolings; by default its paper's own.
     progress
@@ -81,16 +83,19 @@ def embed_shards(
         n_done = 0
         for chunk in shards.batches(split, batch_size * BATCHES_SORTED_TOGETHER):
             order = np.argsort(-chunk.lengths, kind="stable")
-            parts = []
+            parts, rows = [], []
             if gene_map:
                 chunk = gene_map.apply(chunk, model.released_totals)
             for i in range(0, len(chunk), batch_size):
-                inputs = model.embed_inputs(chunk.take(order[i : i + batch_size]))
-                parts.append(model.embed_cells(to_device(inputs, device), pooling).float())
+                some = order[i : i + batch_size]
+                for few in cut(model.token_lengths(chunk.take(some)), TOKENS):
+                    rows.append(some[few])
+                    inputs = model.embed_inputs(chunk.take(rows[-1]))
+                    parts.append(model.embed_cells(to_device(inputs, device), pooling).float())
                 n_done += min(batch_size, len(chunk) - i)
                 bar.update(n_done)
             x_BE = torch.cat(parts).cpu().numpy()
-            chunks.append(x_BE[np.argsort(order, kind="stable")])
+            chunks.append(x_BE[np.argsort(np.concatenate(rows), kind="stable")])
             _check_finite(chunks[-1], chunk.joinids, shards.folder)
     model.train(was_training)
     return np.concatenate(chunks)
