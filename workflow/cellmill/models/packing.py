@@ -116,7 +116,7 @@ class Layout:
 
     def one_each(self) -> "Layout":
         """The layout of one token of each cell, which lie as the cells do: in a matrix or packed."""
-        kind = "packed" if self.width is None else "padded"
+        kind = "packed" if self.width is None and len(self) else "padded"  # of no cells it has no slot
         return Packing(kind).layout(np.ones(len(self))).to(self.device)
 
     # --- on the host: putting ragged arrays into slots ----------------------------------------------------------------
