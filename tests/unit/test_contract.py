@@ -200,6 +200,34 @@ def test_layouts_give_the_same_readings(model, cells, packing):
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("packing", [Packing(), *PACKINGS.values()], ids=["packed", *PACKINGS])
+def test_views_of_no_cells(model, cells, packing):
+    """A rank may be left without cells: losses are zero, of count zero, with gradients; readings are empty."""
+    none, asked_BQ = cells.take([]), np.empty((0, ASKED), np.int64)
+    with packed_by(model, packing):
+        for step in STEPS:
+            inputs = model.pretrain_inputs(none, seed=1, step=step)
+            terms = model(inputs, step=step)
+            total_loss(terms).backward()
+            counts = model.loss_counts(inputs, step=step)
+            for name, term in terms.items():
+                assert float(term.sum.detach()) == float(term.count) == float(counts[name]) == 0
+            assert model.body_flops(inputs, step=step) == 0
+        with torch.inference_mode():
+            inputs = model.embed_inputs(none)
+            width = model.embed_cells(model.embed_inputs(cells.take([0]))).shape[1]
+            for pooling in model.poolings:
+                assert len(model.embed_cells(inputs, pooling)) == 0
+            assert model.embed_cells(inputs).shape == (0, width)
+            assert len(model.gene_states(inputs).states_ND) == 0
+            for answers_BQ in model.impute(model.impute_inputs(none, asked_BQ)):
+                assert answers_BQ.shape == asked_BQ.shape
+    assert len(model.token_lengths(none)) == 0
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert not any(gradient.any() for gradient in gradients)
+    model.zero_grad()
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_counts_are_known_before_the_loss(model, cells, step):
     inputs = model.pretrain_inputs(cells, seed=1, step=step)

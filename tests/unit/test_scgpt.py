@@ -434,6 +434,33 @@ def test_released_gen_stream_skips_the_projection_of_hidden_genes(model, blood):
     assert torch.equal(model.embed_cells(inputs), quirk.embed_cells(inputs))
 
 
+@pytest.mark.parametrize(
+    "packing", [Packing(), Packing("padded"), Packing(grain=64)], ids=["packed", "padded", "grain"]
+)
+@pytest.mark.parametrize("prompted", [False, True])
+def test_asked_in_pieces_genes_get_the_same_answers(model, blood, packing, prompted, monkeypatch):
+    """Of cells that are asked for few genes, and for many in several pieces; the pieces are all that is attended."""
+    monkeypatch.setattr(model, "packing", packing)
+    short = make_batch([{gene: 1 + gene % 7 for gene in range(0, 400, 10)}])
+    inputs = model.pretrain_inputs(
+        type(blood).concatenate([blood.take([0, 1]), short, blood.take([2])]), seed=0, step=None
+    )
+    asked = inputs["layout_asked"]
+    assert asked.lengths.min() < 30 < 2 * 30 < asked.longest
+    states_BD = torch.randn(4, 16) if prompted else None
+    with torch.no_grad():
+        whole = model.predict(inputs, states_BD)
+        monkeypatch.setattr(scgpt, "ASKED_AT_ONCE", 30)
+        longest = []
+        monkeypatch.setattr(scgpt, "attend", lambda *of, **kinds: longest.append(of[3].longest) or attend(*of, **kinds))
+        pieces = model.predict(inputs, states_BD)
+    used_G = asked.used_N
+    torch.testing.assert_close(pieces.gep_G[used_G], whole.gep_G[used_G], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pieces.mvc_G[used_G], whole.mvc_G[used_G], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pieces.cls_BD, whole.cls_BD, atol=1e-5, rtol=1e-5)
+    assert longest.count(30) >= TINY.n_layers * (asked.longest // 30)
+
+
 def test_a_cell_does_not_depend_on_its_batch(model, blood):
     shortest, longest = np.argsort(blood.lengths)[[0, -1]]
     short = make_batch([{7: 2, 11: 1, 500: 1, 3000: 4}])

@@ -380,7 +380,7 @@ class Exceiver(CellModel):
         value itself, which holds the gene's mean, says which genes a cell likely expresses. Of genes that are not read
         the answer is their mean.
         """
-        asked_BQ = inputs["asked"].view(len(inputs["layout_asked"]), -1)
+        asked_BQ = inputs["layout_asked"].to_matrix(inputs["asked"])
         z_BQ = self._predict(inputs).view(asked_BQ.shape) - views.SHIFT
         std_V = torch.where(self.std == 0, 1.0, self.std)
         value_BQ = torch.nan_to_num(torch.nan_to_num(z_BQ * std_V[asked_BQ]) + self.mean[asked_BQ])

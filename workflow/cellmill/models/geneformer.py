@@ -37,7 +37,7 @@ from cellmill.models.base import (
     LossTerm,
     in_compute_dtype,
 )
-from cellmill.models.packing import PACKED, Layout
+from cellmill.models.packing import Layout
 from cellmill.shards.batch import CellBatch
 from cellmill.views import geneformer as views
 from cellmill.views.ragged import Genes
@@ -202,7 +202,8 @@ class Geneformer(CellModel):
 
         It is packed also where the tokens are padded: nobody needs the answer of a slot that is not asked.
         """
-        asked = replace(self.packing, kind="packed").layout(np.diff(offsets))
+        packing = replace(self.packing, kind="packed") if len(layout) else self.packing
+        asked = packing.layout(np.diff(offsets))
         positions_M = layout.index(ranks.offsets, self.n_around)[index_M]
         return asked.place(offsets, positions_M, 0), asked
 
@@ -297,8 +298,7 @@ class Geneformer(CellModel):
         pooling = self.check_pooling(pooling)
         tokens_N, layout, depth = inputs["tokens"], inputs["layout"], self.depth(pooling)
         if pooling.startswith("cls"):
-            one_each = PACKED.layout(np.ones(len(layout))).to(layout.device)
-            return self.encode(tokens_N, layout, depth, layout.starts_B, one_each).float()
+            return self.encode(tokens_N, layout, depth, layout.starts_B, layout.one_each()).float()
         return layout.mean(self.encode(tokens_N, layout, depth), tokens_N >= self.n_specials)
 
     def gene_states(self, inputs: Inputs) -> GeneStates:

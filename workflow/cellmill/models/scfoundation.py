@@ -385,6 +385,10 @@ class Scfoundation(CellModel):
             "positions": positions,
         }
 
+    def _layout_asked(self, lengths_B: np.ndarray) -> Layout:
+        """Of asked positions; where there are no cells it has no unused slot, as that would be of no position."""
+        return self.packing.layout(lengths_B) if len(lengths_B) else uniform(0, 1)
+
     def pretrain_inputs(self, cells: CellBatch, *, seed: int, step: int | None) -> Inputs:
         """Thinned and masked cells.
 
@@ -397,7 +401,7 @@ class Scfoundation(CellModel):
         genes_N, hidden_N, targets_N = (np.empty(offsets[-1], kind) for kind in (np.int64, bool, np.float32))
         for part, place in zip(masked, places, strict=True):
             genes_N[place], hidden_N[place], targets_N[place] = part.genes.genes, part.hidden, part.targets
-        layout = self.packing.layout(np.diff(offsets))
+        layout = self._layout_asked(np.diff(offsets))
         return self._inputs(encoded, seed, -1 if step is None else step) | {
             "asked": torch.from_numpy(layout.place(offsets, genes_N, 0)),
             "hidden": torch.from_numpy(layout.place(offsets, hidden_N, False)),
@@ -412,7 +416,7 @@ class Scfoundation(CellModel):
         """
         if target_counts is None and self.sizes.embedding_depth:
             target_counts = np.full(len(cells), 10.0**self.sizes.embedding_depth)
-        layout = self.packing.layout(cells.lengths)
+        layout = self._layout_asked(cells.lengths)
         return self._inputs(views.embed(cells, n_genes=self.n_genes, target_counts=target_counts)) | {
             "asked": torch.from_numpy(layout.place(cells.offsets, cells.genes, 0, dtype=np.int64)),
             "layout_asked": layout,
@@ -432,13 +436,11 @@ class Scfoundation(CellModel):
         last layer only the asked positions are computed.
         """
         layout, positions, layout_asked = inputs["layout"], inputs["positions"], inputs["layout_asked"]
-        # an unused slot is taken for the first cell's; what it holds is not used
-        asked_Q = inputs["asked"] + torch.where(layout_asked.used_N, layout_asked.rows_N, 0) * self.n_positions
+        asked_Q = self._among_all(inputs["asked"], layout_asked)
         read_ED, unread_UD = self.encode(inputs), self.value_embedding(inputs["unread_values"])
-        # a row behind the last position takes what is written nowhere else, and is cut off
-        nowhere = positions.n_slots
-        read_E = torch.where(layout.used_N, inputs["tokens"] + layout.rows_N * self.n_positions, nowhere)
-        index_R = torch.cat([read_E, inputs["unread"], torch.where(hidden_Q & layout_asked.used_N, asked_Q, nowhere)])
+        index_R = torch.cat([self._among_all(inputs["tokens"], layout), inputs["unread"], asked_Q])
+        is_unread_U = torch.ones_like(inputs["unread"], dtype=torch.bool)
+        written_R = torch.cat([layout.used_N, is_unread_U, hidden_Q & layout_asked.used_N])
 
         gene_PC = self.to_decoder(self.gene_embedding.weight[: self.n_positions])
         to_C = partial(F.linear, weight=self.to_decoder.weight)
@@ -446,13 +448,16 @@ class Scfoundation(CellModel):
         mask_1C = to_C(self.value_embedding.mask.weight)
         zero_1C = to_C(self.value_embedding(torch.zeros(1, device=gene_PC.device)))
         rows_RC = torch.cat([shown_RC, mask_1C.expand(len(hidden_Q), -1)])
-        rows_RC = rows_RC + gene_PC.index_select(0, torch.where(index_R < nowhere, index_R % self.n_positions, 0))
-        x_SC = torch.cat([(gene_PC + zero_1C).repeat(len(layout), 1), gene_PC.new_zeros(1, gene_PC.shape[1])])
-        x_SC = x_SC.index_copy(0, index_R, rows_RC)[:nowhere]
+        rows_RC = rows_RC + gene_PC.index_select(0, index_R % self.n_positions)
+        x_SC = _write_rows((gene_PC + zero_1C).repeat(len(layout), 1), index_R, rows_RC, written_R)
         for layer in self.decoder[:-1]:
             x_SC = layer(x_SC, positions)
         x_QC = self.decoder[-1](x_SC, positions, asked_Q, layout_asked)
         return self.final_norm(self.decoder_norm(x_QC))
+
+    def _among_all(self, tokens_N: Tensor, layout: Layout) -> Tensor:
+        """int64 [N], each token's position among S; that of an unused slot is the first cell's, and means nothing."""
+        return tokens_N + torch.where(layout.used_N, layout.rows_N, 0) * self.n_positions
 
     def predict(self, inputs: Inputs, hidden_Q: Tensor) -> Tensor:
         """float32 [Q], log1p(CP10k) at depth T of the genes ``asked``; see `decode`."""
@@ -518,7 +523,7 @@ class Scfoundation(CellModel):
     def impute(self, inputs: Inputs) -> Imputed:
         """The predicted values, the mask in the genes' places; a gene is the likelier detected the larger its value."""
         values_Q = self.predict(inputs, torch.ones_like(inputs["asked"], dtype=torch.bool))
-        values_BQ = values_Q.view(len(inputs["layout_asked"]), -1)
+        values_BQ = inputs["layout_asked"].to_matrix(values_Q)
         return Imputed(values_BQ, values_BQ)
 
     def fit_trivial(self, batches: Iterable[CellBatch]) -> Tensor:
@@ -538,6 +543,13 @@ class Scfoundation(CellModel):
         """`mse` when every masked gene is predicted by its mean."""
         asked_Q = inputs["asked"]
         return {"mse": self._term(trivial.to(asked_Q.device)[asked_Q], inputs)}
+
+
+def _write_rows(x_SC: Tensor, index_R: Tensor, rows_RC: Tensor, written_R: Tensor) -> Tensor:
+    """[S, C], `x_SC` with the rows `rows_RC` at `index_R`, those of them where `written_R` holds."""
+    # the others go into a row behind the last, which is cut off: so no shape depends on what is written
+    x_SC = torch.cat([x_SC, x_SC.new_zeros(1, x_SC.shape[1])])
+    return x_SC.index_copy(0, torch.where(written_R, index_R, len(x_SC) - 1), rows_RC)[:-1]
 
 
 def mask_probability(cells: CellBatch) -> np.ndarray:

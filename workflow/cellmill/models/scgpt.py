@@ -14,7 +14,7 @@ Legend: B cells, P slots of perceived tokens of all cells together (<cls> in fro
 ones, D width, V genes, N nonzeros, Q genes that a cell is asked for, E quantile edges.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
@@ -35,7 +35,7 @@ from cellmill.models.base import (
     LossTerm,
     in_compute_dtype,
 )
-from cellmill.models.packing import Layout, Packing, uniform
+from cellmill.models.packing import PACKED, Layout, uniform
 from cellmill.shards.batch import CellBatch
 from cellmill.views import scgpt as views
 from cellmill.views.ragged import hash_genes, offsets_of, place_within, spread
@@ -45,6 +45,9 @@ N_SPECIALS = 3
 PAD_VALUE = -2
 """Of <cls>, and of unused slots."""
 MAX_VALUE = 512
+ASKED_AT_ONCE = 2048
+"""Genes of a cell that are generated at once where no gradients are: a mask may hold each one's pairs with all others.
+"""
 EMBEDDING_RANGE = 0.1
 
 
@@ -340,8 +343,11 @@ class Scgpt(CellModel):
         # looked up together: the gradient of a large table is made once
         genes_ND = self._genes(torch.cat([tokens_P, asked_G]))
         genes_PD, genes_GD = genes_ND.split([len(tokens_P), len(asked_G)])
-        flagged_GD = genes_GD if self.flag_embedding is None else genes_GD + self.flag_embedding.weight[1]
-        return self._perceive(genes_PD, inputs), in_compute_dtype(flagged_GD), genes_GD
+        return self._perceive(genes_PD, inputs), self._flagged(genes_GD), genes_GD
+
+    def _flagged(self, genes_GD: Tensor) -> Tensor:
+        """[G, D], what goes in for generated tokens."""
+        return in_compute_dtype(genes_GD if self.flag_embedding is None else genes_GD + self.flag_embedding.weight[1])
 
     def encode(
         self,
@@ -368,7 +374,7 @@ class Scgpt(CellModel):
         if not only_cls:
             return self.layers[-1](x_PD, layout, g_GD, layout_asked)
         cls_BD = x_PD.index_select(0, layout.starts_B)
-        return self.layers[-1](x_PD, layout, g_GD, layout_asked, cls_BD, _one_each(layout))
+        return self.layers[-1](x_PD, layout, g_GD, layout_asked, cls_BD, layout.one_each())
 
     def states(self, inputs: Inputs, *, only_cls: bool = False) -> Tensor:
         """[P, D], the last states of <cls> and the genes of `embed_inputs`; or [B, D], of <cls> alone."""
@@ -408,7 +414,7 @@ class Scgpt(CellModel):
         layout, layout_asked, width = inputs["layout"], inputs["layout_asked"], self.sizes.width
         *layers, last = self.layers
         passes = sum(layer.flops(layout, layout_asked) for layer in layers)
-        passes += last.flops(layout, layout_asked, _one_each(layout))
+        passes += last.flops(layout, layout_asked, layout.one_each())
         passes += 2.0 * (2 * width**2 + width) * layout_asked.n_tokens
         mvc = 2.0 * ((width**2 + width) * layout_asked.n_tokens + width**2 * len(layout))
         return passes * (2 if self._has_second_pass(step) else 1) + mvc
@@ -424,12 +430,36 @@ class Scgpt(CellModel):
             A cell's last state of <cls>, to put in the place of <cls> ("cell prompt").
         """
         layout, layout_asked = inputs["layout"], inputs["layout_asked"]
+        if layout_asked.longest > ASKED_AT_ONCE and not torch.is_grad_enabled():
+            return self._predict_in_pieces(inputs, cls_BD)
         x_PD, g_GD, genes_GD = self._enter(inputs)
         if cls_BD is not None:
             x_PD = _with_cls(x_PD, cls_BD, layout)
         last_BD, h_GD = self.encode(x_PD, layout, g_GD, layout_asked, only_cls=True)
         cls_BD = last_BD if cls_BD is None else cls_BD
         return Predicted(self._decode(h_GD), self._decode_from_cell(cls_BD, genes_GD, layout_asked), cls_BD)
+
+    def _predict_in_pieces(self, inputs: Inputs, prompt_BD: Tensor | None) -> Predicted:
+        """As `predict`, of `ASKED_AT_ONCE` genes of each cell at a time.
+
+        Perceived tokens do not see the generated ones: what each layer reads of them is computed once.
+        """
+        layout, layout_asked = inputs["layout"], inputs["layout_asked"]
+        x_PD = self._perceive(self._genes(inputs["tokens"]), inputs)
+        x_PD = x_PD if prompt_BD is None else _with_cls(x_PD, prompt_BD, layout)
+        perceived = [x_PD]
+        for layer in self.layers[:-1]:
+            perceived.append(layer(perceived[-1], layout)[0])
+        one_each = layout.one_each()
+        gep_G, mvc_G = torch.zeros(2, layout_asked.n_slots, device=x_PD.device)
+        for slots_M, part in _pieces(layout_asked):
+            genes_MD = self._genes(inputs["asked"].index_select(0, slots_M))
+            g_MD = self._flagged(genes_MD)
+            for layer, x_PD in zip(self.layers, perceived, strict=True):
+                last_BD, g_MD = layer(x_PD, layout, g_MD, part, x_PD.index_select(0, layout.starts_B), one_each)
+            cls_BD = last_BD if prompt_BD is None else prompt_BD
+            gep_G[slots_M], mvc_G[slots_M] = self._decode(g_MD), self._decode_from_cell(cls_BD, genes_MD, part)
+        return Predicted(gep_G, mvc_G, cls_BD)
 
     def _decode(self, h_ND: Tensor) -> Tensor:
         """float32 [N], bins by the states; the last product never in bfloat16, whose steps near 50 are 1/4."""
@@ -441,8 +471,8 @@ class Scgpt(CellModel):
         """float32 [G], <W q, h> with the genes' queries q and the state h of each gene's cell."""
         query_GD = torch.sigmoid(self.mvc_query(genes_GD))
         cell_BD = cls_BD @ self.mvc_weight.weight  # W is folded into the cell's state once, not into every gene's query
-        rows_G = layout.rows_N.clamp(max=len(layout) - 1)
-        return (query_GD.float() * cell_BD.float().index_select(0, rows_G)).sum(1)
+        cell_BD = F.pad(cell_BD.float(), (0, 0, 0, 1))  # a row of zeros, which unused slots read
+        return (query_GD.float() * cell_BD.index_select(0, layout.rows_N)).sum(1)
 
     # --- what is read out ---------------------------------------------------------------------------------------------
 
@@ -494,10 +524,12 @@ def _with_cls(x_PD: Tensor, cls_BD: Tensor, layout: Layout) -> Tensor:
     return x_PD.index_copy(0, layout.starts_B, cls_BD.to(x_PD.dtype))
 
 
-def _one_each(layout: Layout) -> Layout:
-    """One token of each cell: a matrix where `layout` is one, else packed."""
-    kind = "packed" if layout.width is None else "padded"
-    return Packing(kind).layout(np.ones(len(layout))).to(layout.device)
+def _pieces(layout: Layout) -> Iterator[tuple[Tensor, Layout]]:
+    """`ASKED_AT_ONCE` tokens of each cell at a time: int64 [M], their slots, and the layout that they then have."""
+    for first in range(0, layout.longest, ASKED_AT_ONCE):
+        lengths_B = np.clip(layout.lengths - first, 0, ASKED_AT_ONCE)
+        slots_M = layout.index(offsets_of(lengths_B), before=first)
+        yield torch.from_numpy(slots_M).to(layout.device), PACKED.layout(lengths_B).to(layout.device)
 
 
 def _count(inputs: Inputs) -> Tensor:

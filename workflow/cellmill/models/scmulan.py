@@ -46,7 +46,7 @@ from cellmill.models.base import (
     LossTerm,
     in_compute_dtype,
 )
-from cellmill.models.packing import PACKED, Layout
+from cellmill.models.packing import Layout
 from cellmill.models.scmulan_cache import Cache
 from cellmill.models.scmulan_genes import gene_tokens
 from cellmill.models.scmulan_objective import objective, over_answers, questions
@@ -312,8 +312,7 @@ class Scmulan(CellModel):
     def encode_last(self, inputs: Inputs) -> Tensor:
         """float32 [B, D], the last state of each cell's last word, of which the last layer computes no other's."""
         layout = inputs["layout"]
-        one_B = PACKED.layout(np.ones(len(layout), np.int64))
-        return self.encode(inputs, last_words(layout), one_B.to(layout.device))
+        return self.encode(inputs, last_words(layout), layout.one_each())
 
     def read(self, inputs: Inputs, further: int) -> tuple[Tensor, Cache]:
         """Read sentences, to be continued by `further` words: float32 [N, D], the last states, and what is kept."""
