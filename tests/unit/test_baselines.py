@@ -124,12 +124,13 @@ def test_bad_input(folders):
         embed_baseline("hvg_pca", *folders, batch="lane", seed=0)
     with pytest.raises(CellmillError, match="harmony needs at least two batches in 'assay'"):
         embed_baseline("harmony", *folders, batch="assay", seed=0)
-    with pytest.raises(CellmillError, match="control 'noise' is unknown; known are labels, shuffled"):
-        embed_control("noise", folders[0], label="cell_type", seed=0)
+    with pytest.raises(CellmillError, match="control 'noise' is unknown; known are labels, shuffled, batches"):
+        embed_control("noise", folders[0], label="cell_type", batch="library", seed=0)
 
 
 def test_controls(folders, cells):
-    labels, shuffled = (embed_control(name, folders[0], label="cell_type", seed=1) for name in CONTROLS)
+    of = {"label": "cell_type", "batch": "library"}
+    labels, shuffled, batches = (embed_control(name, folders[0], **of, seed=1) for name in CONTROLS)
     assert labels.shape == shuffled.shape == (1937, 14 + 8)
     assert labels.dtype == np.float32
     names = np.unique(cells.obs["cell_type"].astype(str))
@@ -138,5 +139,7 @@ def test_controls(folders, cells):
     assert len(np.unique(labels[:, 14:], axis=0)) == 1937
     assert not (labels == shuffled).all()
     assert (np.sort(labels[:, 14]) == np.sort(shuffled[:, 14])).all()
-    other = embed_control("shuffled", folders[0], label="cell_type", seed=2)
+    other = embed_control("shuffled", folders[0], **of, seed=2)
     assert not (other == shuffled).all()
+    libraries_N = folders[0].obs("all")["library"].to_numpy(zero_copy_only=False).astype(str)
+    assert (np.unique(libraries_N)[batches[:, :-8].argmax(axis=1)] == libraries_N).all()

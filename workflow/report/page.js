@@ -7,7 +7,7 @@
   const rows = tableColumns.task.map((_, i) => Object.fromEntries(Object.entries(tableColumns).map(([key, column]) => [key, column[i]])));
   const filters = ["task", "dataset", "regime", "split", "metric", "kind"];
   const headers = [
-    ["rank", "rank", "n"], ["label", "method"], ["metric", "metric"], ["mean", "mean", "n"], ["low", "95 % interval", "n"], ["n", "seeds", "n"],
+    ["rank", "rank", "n"], ["label", "method"], ["metric", "metric"], ["mean", "mean", "n"], ["scaled", "scaled", "n"], ["low", "95 % interval", "n"], ["n", "seeds", "n"],
     ["standing", "against the first"], ["seen", "seen"], ["regime", "regime"], ["split", "split"], ["task", "task"], ["dataset", "data set"],
   ];
   const chosen = {};
@@ -66,9 +66,11 @@
     line.append(make("td", { className: "n" }, row.rank === null ? "" : String(row.rank)), method);
     line.append(make("td", {}, written("metric", row.metric)));
     if (row.mean === null) {
-      line.append(make("td", { className: "reason", colSpan: 4 }, row.reason || "no value and no reason was recorded"));
+      line.append(make("td", { className: "reason", colSpan: 5 }, row.reason || "no value and no reason was recorded"));
     } else {
-      line.append(make("td", { className: "n" }, score(row.mean)), make("td", { className: "n" }, intervalOf(row)));
+      line.append(make("td", { className: "n" }, score(row.mean)));
+      line.append(make("td", { className: "n" }, row.scaled === null ? "" : score(row.scaled)));
+      line.append(make("td", { className: "n" }, intervalOf(row)));
       line.append(make("td", { className: "n" }, String(row.n)), make("td", {}, row.standing ?? ""));
     }
     for (const name of ["seen", "regime", "split", "task", "dataset"]) line.append(make("td", {}, written(name, row[name])));

@@ -14,7 +14,8 @@ with job(snakemake.log[0]):
     name, seed, columns = snakemake.wildcards.baseline, int(snakemake.wildcards.seed), snakemake.params.columns
     target, corpus = Shards(snakemake.input.shards), Shards(snakemake.input.corpus)
     if name in CONTROLS:
-        kind, embed = "control", partial(embed_control, name, target, label=columns["label"], seed=seed)
+        of = {"label": columns["label"], "batch": columns["batch"]}
+        kind, embed = "control", partial(embed_control, name, target, **of, seed=seed)
     else:
         kind, embed = "baseline", partial(embed_baseline, name, target, corpus, batch=columns["batch"], seed=seed)
     embed_and_write(

@@ -179,6 +179,7 @@ def _table(results: pd.DataFrame, folder: Path, command: str) -> dict[str, list]
         "label",
         "kind",
         "mean",
+        "scaled",
         "low",
         "high",
         "n",
@@ -190,6 +191,7 @@ def _table(results: pd.DataFrame, folder: Path, command: str) -> dict[str, list]
     records = results[names].astype(object).where(results[names].notna(), None).to_dict("records")
     for record, model in zip(records, results["model"], strict=True):
         record["target"] = _score_file(folder, record, model)
+        record["scaled"] = record["scaled"].mean if record["scaled"] else None
     return columns(sorted(records, key=place)) | {"command": f"{command} --force"}
 
 

@@ -39,8 +39,11 @@ def shuffled_embedding(labels_N: np.ndarray, seed: int) -> np.ndarray:
     return labels_embedding(labels_N, seed)[order_N]
 
 
-def embed_control(name: str, target: Shards, *, label: str, seed: int) -> np.ndarray:
+def embed_control(name: str, target: Shards, *, label: str, batch: str, seed: int) -> np.ndarray:
     """Embed all cells of a benchmark (split "all") with a control.
+
+    ``labels`` is the best that there is for metrics of labels. ``shuffled`` knows nothing of a cell, so its batches are
+    mixed. ``batches`` knows the batch alone: the worst for metrics of mixing.
 
     Returns
     -------
@@ -50,9 +53,12 @@ def embed_control(name: str, target: Shards, *, label: str, seed: int) -> np.nda
     Raises
     ------
     CellmillError
-        If the control is unknown, or there is no column `label`.
+        If the control is unknown, or there is no column `label` or `batch`.
     """
     if name not in CONTROLS:
         raise CellmillError(f"control '{name}' is unknown; known are {', '.join(CONTROLS)}")
-    labels_N = column(target.obs("all").to_pandas(), label, "cell types")
+    obs = target.obs("all").to_pandas()
+    if name == "batches":
+        return labels_embedding(column(obs, batch, "batches"), seed)
+    labels_N = column(obs, label, "cell types")
     return labels_embedding(labels_N, seed) if name == "labels" else shuffled_embedding(labels_N, seed)
