@@ -1,15 +1,18 @@
 """Training runs of several ranks on this machine, joined by gloo, without torchrun: children share torch's import."""
 
+import json
 import multiprocessing
 import os
 import signal
 import socket
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from cellmill.checkpoints import vocabulary_hash
+from cellmill.errors import CellmillError
 from cellmill.recipes import ModelRecipe
 from cellmill.shards.dataset import Shards
 from cellmill.shards.statistics import compute_statistics, save_statistics
@@ -69,6 +72,40 @@ def train_ranks(shards: str, name: str, folder: str, world: int, options: dict, 
     train(Shards(shards), name, Path(folder) / "out", Path(folder) / "state", **training)
 
 
+def stopped_ranks(shards: str, name: str, folder: str, world: int, options: dict) -> None:
+    """`train_ranks` that is to be stopped: each notes the error and the files beside the state when it leaves.
+
+    The second rank is slow to save.
+    """
+    import cellmill.training.offending_batch as module
+
+    rank, save = os.environ["RANK"], module.save_batch
+
+    def slow(*arguments):
+        time.sleep(float(rank))
+        return save(*arguments)
+
+    module.save_batch = slow
+    try:
+        train_ranks(shards, name, folder, world, options)
+    except CellmillError as error:
+        left = sorted(path.name for path in Path(folder, "state").glob("*.json"))
+        Path(folder, f"left-{rank}.json").write_text(json.dumps([str(error), left]))
+
+
+def blind_ranks(shards: str, name: str, folder: str, world: int, options: dict) -> None:
+    """`train_ranks` whose second rank cannot read the state; each notes the error."""
+    import cellmill.pretrain as module
+
+    rank = os.environ["RANK"]
+    if rank == "1":
+        module.load_state = lambda *_: (None, [])
+    try:
+        train_ranks(shards, name, folder, world, options)
+    except CellmillError as error:
+        Path(folder, f"left-{rank}.json").write_text(json.dumps(str(error)))
+
+
 def cells_of_steps(folder: Path) -> dict[int, list[int]]:
     """The joinids of the cells of every step, those of rank 0 first; the same whoever worked on it, and how often."""
     cells = {}
@@ -116,6 +153,7 @@ FAILING = '''"""A Geneformer of which one rank fails in its third step, in the w
 
 import os
 import signal
+import threading
 
 from cellmill.errors import CellmillError
 from cellmill.models.geneformer import Geneformer
@@ -128,6 +166,9 @@ class Failing(Geneformer):
                 os.kill(os.getpid(), signal.SIGKILL)
             if os.environ["FAILS"] == "refused":
                 raise CellmillError("these cells are not fit to be learned from; take others")
+            if os.environ["FAILS"] == "stuck":  # an error while a thread waits that nobody will end
+                threading.Thread(target=threading.Event().wait).start()
+                raise ValueError("a mistake")
         return super().forward(inputs, step=step)
 
 

@@ -1,5 +1,6 @@
 """Two ranks train as one does, whichever way the model is spread over them."""
 
+import json
 import time
 from dataclasses import replace
 
@@ -9,16 +10,19 @@ from cellmill.checkpoints import load_checkpoint, model_tensors
 from cellmill.errors import CellmillError
 from cellmill.recipes import ModelRecipe
 from cellmill.training.launch import command, train
+from cellmill.training.offending_batch import load_batch
 from cellmill.training.parallel import Ranks
 from ranks_runs import (
     FAILING,
     N_STEPS,
+    blind_ranks,
     cells_of_steps,
     ended,
     losses_of,
     make_job,
     server,
     start_ranks,
+    stopped_ranks,
     train_ranks,
 )
 from small_runs import RECIPES, TRAINING, make_corpus
@@ -70,7 +74,47 @@ def test_two_ranks_train_as_one(alone, run, way):
     assert meta["recipe"]["training"]["ranks"] == 1
     assert same_meta["recipe"]["training"]["ranks"] == 2
     for parameter, tensor in model_tensors(trained).items():
-        torch.testing.assert_close(model_tensors(same)[parameter], tensor, rtol=0, atol=1e-3, equal_nan=True)
+        difference = (model_tensors(same)[parameter] - tensor).abs()
+        if parameter.endswith("qkv.bias"):  # that of the keys changes no loss: its gradient is rounding, made large
+            difference.view(3, -1)[1] = 0
+        assert difference.nan_to_num(0).max() < 1e-5, parameter
+
+
+def test_two_ranks_take_the_tokens_of_one(run):
+    """Steps of several batches: the ranks count their tokens together."""
+    one, two = (run("geneformer", world, batch_tokens=1000, steps=6) for world in (1, 2))
+    cells, same = ({step: sorted(ids) for step, ids in cells_of_steps(folder).items()} for folder in (one, two))
+    assert same == cells
+    assert {len(ids) for ids in cells.values()} == {16}
+    expected, losses = losses_of(one), losses_of(two)
+    assert losses.keys() == expected.keys()
+    for key, value in expected.items():
+        assert losses[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+
+
+def test_a_stopped_run_keeps_the_batch_of_every_rank(corpus, context, tmp_path):
+    arguments = (str(corpus.folder), "geneformer", str(tmp_path), 2, {"spike_factor": 1e-6, "warmup_steps": 0})
+    assert ended(start_ranks(context, 2, stopped_ranks, *arguments)) == [0, 0]
+    errors, left = zip(*(json.loads((tmp_path / f"left-{rank}.json").read_text()) for rank in (0, 1)), strict=True)
+    assert all("the loss jumped to" in error for error in errors)
+    assert left[0] == left[1] == ["offending_batch.json", "offending_batch.rank1.json"]
+    first, second = (load_batch(tmp_path / "state" / name) for name in left[0])
+    assert (first.step, first.values) == (second.step, second.values)
+    assert len(first.cells) == len(second.cells) == 4
+    assert set(first.cells.joinids).isdisjoint(second.cells.joinids)
+    (tmp_path / "state" / "offending_batch.json").unlink()
+    assert load_batch(tmp_path / "state").cells.joinids.tolist() == second.cells.joinids.tolist()
+
+
+def test_ranks_that_find_different_states_do_not_start(corpus, context, tmp_path):
+    arguments = (str(corpus.folder), "geneformer", str(tmp_path), 2)
+    save = {"checkpoint_every": 3, "spike_factor": 1e-6, "warmup_steps": 0}
+    assert ended(start_ranks(context, 2, stopped_ranks, *arguments, save)) == [0, 0]
+    assert list((tmp_path / "state").glob("step-*"))
+    assert ended(start_ranks(context, 2, blind_ranks, *arguments, {"checkpoint_every": 3, "warmup_steps": 0})) == [0, 0]
+    errors = [json.loads((tmp_path / f"left-{rank}.json").read_text()) for rank in (0, 1)]
+    assert "rank 0 of 2 finds the state of step 9 and others find another one" in errors[0]
+    assert "rank 1 of 2 finds none" in errors[1]
 
 
 def test_a_sum_of_one_rank_is_what_it_was():
@@ -116,7 +160,11 @@ def test_torchrun_starts_the_ranks(job, monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("how", "sentence"),
-    [("refused", "these cells are not fit to be learned from; take others"), ("killed", "was killed by SIGKILL")],
+    [
+        ("refused", "these cells are not fit to be learned from; take others"),
+        ("killed", "was killed by SIGKILL"),
+        ("stuck", "ended with status 1"),
+    ],
 )
 def test_what_ends_one_rank_ends_all(job, monkeypatch, tmp_path, how, sentence):
     monkeypatch.setenv("FAILS", how)

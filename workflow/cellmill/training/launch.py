@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,15 +99,16 @@ def start(job: dict, training: Training) -> None:
             start_new_session=True,  # the terminal's signals come here, and are passed on once
             preexec_fn=_end_with_parent,
         )
-        status = None
+        codes = []
         with _signals_passed_to(process), process.stdout:
             for line in process.stdout:
                 print(line, end="", file=sys.stderr if line.startswith(f"{job['name']} seed ") else sys.stdout)
-                found = re.search(r"exitcode\s*: (-?\d+)", line)
-                status = int(found[1]) if found and status is None else status
+                codes += [int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", line)]
             code = process.wait()
         if code:
-            raise CellmillError(_reason(room, training, status or code))
+            # torchrun may name ranks first that only lost the one that was killed
+            killed = [code for code in codes if code < 0 and code != -signal.SIGTERM]
+            raise CellmillError(_reason(room, training, [*killed, *codes, code][0]))
     finally:
         shutil.rmtree(room, ignore_errors=True)
 
@@ -183,8 +185,12 @@ def main(job: Path) -> None:
     _end_with_parent()
     try:
         train_here(json.loads(job.read_text()))
-    except CellmillError as error:
-        (job.parent / f"error-{Ranks.from_environment().rank}.txt").write_text(str(error))
+    except BaseException as error:
+        if isinstance(error, CellmillError):
+            (job.parent / f"error-{Ranks.from_environment().rank}.txt").write_text(str(error))
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # without waiting for threads that may wait for the other ranks
 

@@ -109,11 +109,9 @@ class Ranks:
             torch.cuda.set_device(self.local)
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=TIME_LIMIT)
-        try:
-            yield
-            dist.barrier()  # nobody leaves while another still needs it
-        finally:
-            dist.destroy_process_group()
+        yield
+        dist.barrier()  # nobody leaves while another still needs it
+        dist.destroy_process_group()  # not after a failure: NCCL may wait there for what the others never send
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, the same on each; every rank must ask for it, at the same place of its course."""
@@ -274,12 +272,14 @@ def shared_losses(
         for first in range(0, len(batches), ranks.world):
             mine = min(first + ranks.rank, len(batches) - 1)
             counts = mine == first + ranks.rank  # the last round may have less than a batch for every rank
+            if not (counts or wrapped.even) and terms:
+                continue  # who has computed nothing yet learns the terms' names
             parts = views(model, batches[mine], limit, device, seed=seed, step=None)
             n_cells += len(batches[mine]) * counts
-            for i in range(ranks.most(len(parts))):
+            for i in range(ranks.most(len(parts)) if wrapped.even else len(parts)):
                 terms = model(parts[min(i, len(parts) - 1)], step=None)
                 both = torch.stack([torch.stack([term.sum.double(), term.count.double()]) for term in terms.values()])
-                totals = totals + both * float(counts and i < len(parts))
+                totals = totals + (both if counts and i < len(parts) else torch.zeros_like(both))
     model.train(was_training)
     sums = dict(zip(terms, ranks.sum(totals), strict=True))
     means = {name: float(total / count.clamp(min=1)) for name, (total, count) in sums.items()}
