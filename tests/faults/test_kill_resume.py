@@ -34,19 +34,21 @@ MOMENTS = [
 ]
 # In each of the 12 steps in turn: a state is saved every 3 steps, so step k is call k % 3 + 1 of the process it ends.
 STEPS = [("cellmill.pretrain:learning_rate", step % 3 + 1, "after") for step in range(12)]
+N_KILLS = 20
+"""At random moments."""
 
 
 @pytest.fixture(scope="module")
 def server(data, tmp_path_factory):
-    """Start a child on a folder of results: ``start(name, folder, moment)``."""
+    """Start a child on a folder of results: ``start(name, folder, moment, **training)``."""
     corpus = make_corpus(tmp_path_factory.mktemp("corpus"), data)
     context = multiprocessing.get_context("forkserver")
     # all that a child would otherwise import on its own; torch.optim imports torch._dynamo at first use
-    modules = ["pandas", "torch._dynamo", "cellmill.pretrain", "cellmill.models.geneformer", "cellmill.models.scgpt"]
+    modules = ["pandas", "torch._dynamo", "cellmill.pretrain", *(f"cellmill.models.{name}" for name in RECIPES)]
     context.set_forkserver_preload(modules)
 
-    def start(name, folder, moment=None):
-        arguments = (str(corpus.folder), name, str(folder / "out"), str(folder / "state"), moment)
+    def start(name, folder, moment=None, **training):
+        arguments = (str(corpus.folder), name, str(folder / "out"), str(folder / "state"), moment, training)
         process = context.Process(target=child, args=arguments)
         process.start()
         return process
@@ -91,20 +93,33 @@ def test_killed_at_every_moment(server, uninterrupted, tmp_path, name, moments):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_killed_at_random_moments(server, uninterrupted, tmp_path, name):
-    moments = random.Random(name)
-    results, seconds = uninterrupted[name]
-    kills = 0
-    for _ in range(20):
-        process = server(name, tmp_path)
-        process.join(moments.uniform(0.2, 1.0) * seconds)
-        if process.exitcode is None:
+def test_a_run_that_chooses_its_micro_batches_goes_on_exactly(server, tmp_path, name):
+    """Killed in its tenth step, between gradient and update: what a trial computes must not be seen afterwards."""
+    options = {"micro_batch_tokens": "auto", "checkpoint_every": 4}
+    moment = ("cellmill.pretrain:accumulate_gradients", 10, "after")
+    folders = [tmp_path / "whole", tmp_path / "killed"]
+    for folder, when, code in ((folders[0], None, 0), (folders[1], moment, -signal.SIGKILL), (folders[1], None, 0)):
+        process = server(name, folder, when, **options)
+        process.join()
+        assert process.exitcode == code
+    assert _results(folders[1]) == _results(folders[0])
+
+
+def test_killed_at_random_moments(server, uninterrupted, tmp_path):
+    """Twenty moments of as many runs as it takes, one architecture after the other."""
+    moments, kills, completed = random.Random(5), 0, 0
+    while kills < N_KILLS or completed < len(RECIPES):
+        name, folder = list(RECIPES)[completed % len(RECIPES)], tmp_path / f"{completed}"
+        results, seconds = uninterrupted[name]
+        process = server(name, folder)
+        if kills < N_KILLS * (completed + 1) / len(RECIPES):
+            process.join(moments.uniform(0, 1) * seconds)
+            kills += process.exitcode is None
             process.kill()
-            process.join()
-            kills += 1
-        if process.exitcode == 0 or kills == 5:
-            break
-    process = server(name, tmp_path)
-    process.join()
-    assert process.exitcode == 0
-    assert _results(tmp_path) == results
+        process.join()
+        if process.exitcode == 0:
+            assert _results(folder) == results
+            completed += 1
+        else:
+            assert process.exitcode == -signal.SIGKILL
+    assert kills >= N_KILLS
