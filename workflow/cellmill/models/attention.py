@@ -32,15 +32,15 @@ def attention_backend(name: str) -> Iterator[None]:
 
 def _choose(q_NHK: Tensor, own: Own, pattern: Pattern, dropout: float) -> str:
     """The fastest way for a device and mask that can do what is asked: measured on a CPU, careful on a GPU."""
+    n_heads, width = q_NHK.shape[1:]
     if q_NHK.device.type == "cpu":
-        if q_NHK[0].numel() * pattern.queries.longest * pattern.keys.longest <= SHORT:
+        if 0 < n_heads * width * pattern.queries.longest * pattern.keys.longest <= SHORT:
             return "padded"
         trained = torch.is_grad_enabled() and q_NHK.requires_grad
         return "cells" if own or (trained and (q_NHK.dtype == torch.bfloat16 or dropout)) else "sdpa"
     holes = any(layout.width is not None and not layout.full for layout in (pattern.queries, pattern.keys))
     if dropout or holes or q_NHK.dtype not in (torch.bfloat16, torch.float16):
         return "padded"  # the only one on a GPU that drops weights, and sure in float32
-    width = q_NHK.shape[2]
     if width % 8 or (own and width < 16):
         return "padded"  # what the kernels of the others ask of a head's width
     return "flex" if own else "varlen"
