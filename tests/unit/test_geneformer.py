@@ -9,12 +9,14 @@ from cellmill.models import geneformer
 from cellmill.models.base import parameter_counts, total_loss
 from cellmill.models.geneformer import CLS, EOS, MASK, PAD, Geneformer
 from cellmill.models.packing import PACKED, Packing
+from cellmill.models.vocabulary_head import vocabulary_loss
 from cellmill.randomness import unit
 from cellmill.shards.batch import CellBatch
 from cellmill.views import geneformer as views
 from cellmill.views.ragged import hash_genes, log1p_cp10k, place_within, select
 from model_cells import assert_cells_are_independent, make_batch, real_statistics, statistics_of_medians, train
 from shard_cells import real_cells
+from torch.utils._python_dispatch import TorchDispatchMode
 
 N_GENES = 32_786
 TINY = {"n_layers": 2, "width": 16, "n_heads": 2, "hidden": 32}
@@ -186,6 +188,50 @@ def test_objective_by_hand(rows, monkeypatch):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     with torch.no_grad():
         assert model(inputs)["mlm"].sum.item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 64])
+def test_vocabulary_loss_by_all_logits(bias, weighted, asked, rows):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias_T = (torch.randn(*shape, generator=generator) for shape in ((10, 6), (21, 6), (21,)))
+    targets = torch.randint(21, (10,), generator=generator) if asked else None
+    weights = torch.rand(10, generator=generator) if weighted else None
+    given = [tensor.requires_grad_() for tensor in ((x, weight, bias_T) if bias else (x, weight))]
+    logits = F.linear(*(tensor.double() for tensor in given))
+    loss_M = logits.logsumexp(1) if targets is None else F.cross_entropy(logits, targets, reduction="none")
+    expected = (loss_M if weights is None else loss_M * weights).sum()
+    loss = vocabulary_loss(*given, targets_M=targets, weights_M=weights, n_rows=rows)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    scale = torch.tensor(2.0, requires_grad=True)
+    found, wanted = (torch.autograd.grad(scale * each, given, create_graph=True) for each in (loss, expected))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        found[0].sum().backward()
+
+
+class Shapes(TorchDispatchMode):
+    """Shapes of all that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor):
+            self.seen.add(tuple(out.shape))
+        return out
+
+
+def test_vocabulary_loss_makes_gradients_only_where_they_are_asked_for():
+    given = torch.randn(10, 6, requires_grad=True), torch.randn(21, 6, requires_grad=True)
+    for learns in (False, True):
+        with torch.set_grad_enabled(learns), Shapes() as shapes:
+            vocabulary_loss(*given, n_rows=4)
+        assert ((21, 6) in shapes.seen) == ((10, 6) in shapes.seen) == learns
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("tiny", 1), ("small", 10), ("base", 50)])

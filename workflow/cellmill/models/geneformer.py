@@ -38,6 +38,7 @@ from cellmill.models.base import (
     in_compute_dtype,
 )
 from cellmill.models.packing import Layout
+from cellmill.models.vocabulary_head import vocabulary_loss
 from cellmill.shards.batch import CellBatch
 from cellmill.views import geneformer as views
 from cellmill.views.ragged import Genes
@@ -266,7 +267,7 @@ class Geneformer(CellModel):
         """`mlm`: cross-entropy over the vocabulary, computed at the masked positions only (nats)."""
         x_MD, targets_M = self._asked(inputs)[: len(inputs["targets"])], inputs["targets"]
         decoder = self.word_embeddings.weight, self.head_bias
-        total = _CrossEntropy.apply(self.transform(x_MD), *decoder, targets_M, torch.is_grad_enabled())
+        total = vocabulary_loss(self.transform(x_MD), *decoder, targets_M=targets_M, n_rows=LOGIT_ROWS)
         return {"mlm": _term(total, inputs)}
 
     def _asked(self, inputs: Inputs) -> Tensor:
@@ -371,40 +372,6 @@ class Geneformer(CellModel):
         """`mlm` when every masked gene is predicted by the corpus's gene frequencies."""
         genes_M = inputs["targets"] - self.n_specials
         return {"mlm": _term(-trivial.to(genes_M.device)[genes_M].sum(), inputs)}
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of linear logits, `LOGIT_ROWS` at a time.
-
-    All logits, their softmax and its gradient would take more memory than the rest of the model. So the gradients are
-    made with the loss, from the same few logits.
-    """
-
-    @staticmethod
-    def forward(ctx, x_MD, weight_TD, bias_T, targets_M, with_gradients):
-        x, weight = in_compute_dtype(x_MD), in_compute_dtype(weight_TD)
-        total = bias_T.new_zeros(())
-        dx, dweight, dbias = torch.empty_like(x), torch.zeros_like(weight_TD), torch.zeros_like(bias_T)
-        for first in range(0, len(x), LOGIT_ROWS):
-            rows = slice(first, first + LOGIT_ROWS)
-            target_M1 = targets_M[rows, None]
-            log_p_MT = (x[rows] @ weight.mT).float().add_(bias_T).log_softmax(1)
-            total -= log_p_MT.gather(1, target_M1).sum()
-            if with_gradients:
-                dlogits_MT = log_p_MT.exp_()
-                dlogits_MT.scatter_add_(1, target_M1, dlogits_MT.new_full(target_M1.shape, -1))
-                dbias += dlogits_MT.sum(0)
-                dlogits_MT = dlogits_MT.to(x.dtype)
-                dx[rows] = dlogits_MT @ weight
-                dweight += dlogits_MT.mT @ x[rows]
-        ctx.dtype = x_MD.dtype
-        ctx.save_for_backward(dx, dweight, dbias)
-        return total
-
-    @staticmethod
-    def backward(ctx, scale):
-        dx, dweight, dbias = ctx.saved_tensors
-        return (dx * scale).to(ctx.dtype), dweight * scale, dbias * scale, None, None
 
 
 def _term(total: Tensor, inputs: Inputs) -> LossTerm:

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from cellmill.models.base import Inputs, Losses, LossTerm
 from cellmill.models.packing import Layout, Packing
+from cellmill.models.vocabulary_head import vocabulary_loss
 from cellmill.views.ragged import offsets_of, spread
 from cellmill.views.scmulan import Sentences
 
@@ -80,8 +81,8 @@ def objective(h_MD: Tensor, entity_TD: Tensor, value_TD: Tensor, inputs: Inputs)
         Those of `questions`.
     """
     with torch.autocast(h_MD.device.type, enabled=False):
-        learns = torch.is_grad_enabled()
-        normalisers = _Normalisers.apply(h_MD, entity_TD, inputs["shares"], learns)
+        n_rows = max(_block(h_MD) // len(entity_TD), 1)
+        normalisers = vocabulary_loss(h_MD, entity_TD, weights_M=inputs["shares"], n_rows=n_rows)
         token_M = inputs["next_tokens"]
         said, error = over_answers(h_MD, F.embedding(token_M, entity_TD), F.embedding(token_M, value_TD), inputs)
     return {"entity": LossTerm(normalisers - said, inputs["n_asked"]), "value": LossTerm(error, inputs["n_asked"])}
@@ -109,34 +110,6 @@ def over_answers(h_MD: Tensor, e_MD: Tensor, v_MD: Tensor, inputs: Inputs) -> Ov
     return OverAnswers(said + (w_M[last_B] * (h_BD * e_BD).sum(1)).sum(), error + (w_M[last_B] * error_B).sum())
 
 
-class _Normalisers(torch.autograd.Function):
-    """The sum over questions of their share of the logarithm of the sum of all tokens' exponentiated logits."""
-
-    @staticmethod
-    def forward(ctx, h_MD, e_TD, share_M, learns):
-        total = h_MD.new_zeros(())
-        d_h_MD, d_e_TD = (torch.zeros_like(x) if learns else None for x in (h_MD, e_TD))
-        n_rows = max(_block(h_MD) // len(e_TD), 1)
-        for start in range(0, len(h_MD), n_rows):
-            rows = slice(start, start + n_rows)
-            p_RT = h_MD[rows] @ e_TD.T
-            largest_R1 = p_RT.amax(1, keepdim=True)
-            sum_R1 = p_RT.sub_(largest_R1).exp_().sum(1, keepdim=True)
-            share_R1 = share_M[rows, None]
-            total += (share_R1 * (largest_R1 + sum_R1.log())).sum()
-            if learns:
-                p_RT *= share_R1 / sum_R1
-                torch.mm(p_RT, e_TD, out=d_h_MD[rows])
-                d_e_TD.addmm_(p_RT.T, h_MD[rows])
-        ctx.save_for_backward(d_h_MD, d_e_TD)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return *(grad * d for d in ctx.saved_tensors), None, None
-
-
 class _Words(torch.autograd.Function):
     """`OverAnswers`, where answer c is one of question q wherever c >= q, and <E> has zeros for e, v and y."""
 
@@ -151,7 +124,7 @@ class _Words(torch.autograd.Function):
             remaining_GLD = e_GLD.flip(1).cumsum(1).flip(1)
             weighted_GLD = h_GLD * w_GL[:, :, None]
             said += (weighted_GLD * remaining_GLD).sum()
-            d_h_GLD, d_v_GLD = torch.empty_like(h_GLD), torch.zeros_like(v_GLD)
+            d_h_GLD, d_v_GLD = (torch.zeros_like(h_GLD) if learns else None for _ in range(2))
             for start in range(0, index_GL.shape[1], ROWS):
                 rows = slice(start, start + ROWS)
                 error_GRL = torch.baddbmm(-y_GL[:, None, start:], h_GLD[:, rows], v_GLD[:, start:].mT).triu_()
