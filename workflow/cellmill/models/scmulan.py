@@ -6,9 +6,10 @@ A word is a token and a value (see `cellmill.views.scmulan`); its input is the s
 sentence are a set, so they have no positions: the causal mask alone says what is known when the next word is asked for.
 The network is a pre-norm decoder without biases and with two heads of their own: a logit and a value for every token.
 
-The next word is any of the words that remain of the part of the sentence that is asked for: the target is uniform over
-them, and <E> where none remains. `entity` is the cross-entropy with that target, `value` the squared error of the value
-head at the columns of the same words, whose mean is taken over them too. The original's pretraining code is not
+In training a task asks for the last part of a sentence. Behind each word in front of that part's words stands a
+question: which word is next? Its answers are all words that remain, each alike, and <E> alone where none remains.
+`entity` is a question's cross-entropy with the uniform distribution over its answers, `value` the squared error of the
+value head at them, their mean; both are means over a sentence's questions. The original's pretraining code is not
 published; this is the objective that its paper states in words. Two things are our own: all tokens compete in the
 softmax, also words that have been said, which generation bans; and each sentence weighs the same, whatever its length,
 lest the thousand words of a generated cell leave nothing to the two of an annotated one.
@@ -17,10 +18,10 @@ Tokens: <E> 0, the genes from 1, the values of each obs column after each other,
 task tokens, of which the first asks for the other metadata. A cell type has one level here, as a Census has it; the
 published set holds coarse types among the fine ones, and a sentence may have both.
 
-The questions and their sums stand in `cellmill.models.scmulan_objective`, what is remembered of a sentence that is to
-go on in `cellmill.models.scmulan_cache`.
+How questions are laid out and summed stands in `cellmill.models.scmulan_objective`, what is remembered of a sentence
+that is to go on in `cellmill.models.scmulan_cache`.
 
-Legend: B cells, N words of all cells (packed), M of them asked, D width, V genes in the vocabulary, T tokens, Q genes
+Legend: B cells, N words of all cells (packed), M questions, D width, V genes in the vocabulary, T tokens, Q genes
 that a cell is asked for, K cell types.
 """
 
@@ -203,6 +204,8 @@ class Scmulan(CellModel):
             for linear in (layer.attention.out, layer.linear2):
                 nn.init.normal_(linear.weight, std=INIT_STD / math.sqrt(2 * self.sizes.n_layers))
 
+    # --- words --------------------------------------------------------------------------------------------------------
+
     @property
     def tokens(self) -> views.Tokens:
         """The token set, on the CPU; copied once, since a copy from a GPU waits for all the work that it has queued."""
@@ -246,6 +249,8 @@ class Scmulan(CellModel):
         """Cell type words, and those of the other columns."""
         return self.words(cells, [CELL_TYPE]), self.words(cells, [c for c in self.obs_columns if c != CELL_TYPE])
 
+    # --- sentences ----------------------------------------------------------------------------------------------------
+
     def token_lengths(self, cells: CellBatch) -> np.ndarray:
         """int64 [B]: gene words, all that is known of a cell, and a task's token; <E> is asked for and never read."""
         n_genes_B = sum_within(cells.offsets, self.tokens.gene_V[cells.genes] >= 0)
@@ -253,7 +258,7 @@ class Scmulan(CellModel):
         return np.minimum(n_genes_B + n_others_B + 1, self.sizes.max_length - 1)
 
     def pretrain_inputs(self, cells: CellBatch, *, seed: int, step: int | None) -> Inputs:
-        """`tokens`, `values` [N] in `layout`: sentences without <E>; what is asked, as in `questions`; `task` [B].
+        """`tokens`, `values` [N] in `layout`: sentences without <E>; their `questions`; `task` [B].
 
         A sentence is `Sizes.max_length` words long at most, <E> among them.
         """
@@ -293,6 +298,8 @@ class Scmulan(CellModel):
             "values": torch.from_numpy(layout.place(offsets, sentences.values[index], 0, dtype=np.int32)),
             "layout": layout,
         }
+
+    # --- network ------------------------------------------------------------------------------------------------------
 
     def embed_words(self, tokens_N: Tensor, values_N: Tensor) -> Tensor:
         """[N, D], the input of the first layer."""
@@ -342,13 +349,15 @@ class Scmulan(CellModel):
         with torch.autocast(h.device.type, enabled=False):
             return self.value_head(h.float())
 
+    # --- objective ----------------------------------------------------------------------------------------------------
+
     def forward(self, inputs: Inputs, *, step: int | None = None) -> Losses:
         """`entity`: cross-entropy (nats) and `value`: squared error (bins), sums over sentences of their means."""
         h_MD = self.encode(inputs, inputs["asked"], inputs["layout_asked"])
         return objective(h_MD, self.entity_head.weight, self.value_head.weight, inputs)
 
     def loss_counts(self, inputs: Inputs, *, step: int | None = None) -> dict[str, Tensor]:
-        """Of both terms the sentences that are asked for a word."""
+        """Of both terms the sentences that have questions."""
         return {"entity": inputs["n_asked"], "value": inputs["n_asked"]}
 
     def body_flops(self, inputs: Inputs, *, step: int | None = None) -> float:
@@ -361,6 +370,8 @@ class Scmulan(CellModel):
         n_pairs = (layout.lengths * (layout.lengths + 1) // 2).sum() * (self.sizes.n_layers - 1)
         n_pairs += (asked.lengths * (2 * layout.lengths - asked.lengths + 1) // 2).sum()
         return 2.0 * weights * width**2 + 4.0 * width * float(n_pairs)
+
+    # --- what is read out ---------------------------------------------------------------------------------------------
 
     def decode_types(self, inputs: Inputs) -> CellTypes:
         """Say the likeliest cell type after the <PCT> of `embed_inputs`, and a finer one unless <E> is likelier."""
@@ -465,6 +476,8 @@ class Scmulan(CellModel):
             torch.where(known_BQ, values_BG.gather(1, index_BQ), values_BG.mean(1, keepdim=True)),
             torch.where(known_BQ, detection_BG.gather(1, index_BQ), detection_BG.mean(1, keepdim=True)),
         )
+
+    # --- trivial baseline ---------------------------------------------------------------------------------------------
 
     def fit_trivial(self, batches: Iterable[CellBatch]) -> Tensor:
         """[4, T]: log frequency of each word among those that a task asks for (add-one smoothed), by task; mean value.

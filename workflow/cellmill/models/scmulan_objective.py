@@ -1,9 +1,8 @@
-"""scMulan's objective on packed sentences: its questions, and its two large sums in small pieces.
+"""How the questions of scMulan's objective (see `cellmill.models.scmulan`) are laid out, and summed in small pieces.
 
-Behind each of the last words of a sentence stands a question: which word is next? Of a sentence's t questions the last
-has the answer <E>; any other, number q, has the answers that remain, which are the words behind it up to <E>: numbers
-q, q + 1, ..., t - 2, where number q is the word right behind question q. Each question weighs the same share of its
-sentence, each of its answers the same part of that.
+Of a sentence's t questions the last has the answer <E>; any other, number q, has the answers q, q + 1, ..., t - 2,
+where number q is the word right behind question q. Each question has the same share of its sentence, each of its
+answers the same weight in that.
 
 The objective needs a logit of every token at every question, and a value of every answer at every question in front of
 it. Neither matrix is ever whole: a block of it is made, summed, and multiplied into the gradient, while it lies in the
