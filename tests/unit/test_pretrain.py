@@ -457,5 +457,6 @@ def test_a_loss_that_is_not_finite_names_the_step(corpus, stopped, monkeypatch):
     monkeypatch.setattr("cellmill.pretrain.learning_rate", explode)
     with pytest.raises(CellmillError, match="loss became nan at step 9; lower training.learning_rate"):
         train(corpus, "geneformer", stopped / "out", stopped / "state")
-    assert [path.name for path in (stopped / "state").iterdir()] == ["step-00000006"]
+    assert [path.name for path in (stopped / "state").glob("step-*")] == ["step-00000006"]
+    assert (stopped / "state/offending_batch.json").is_file()
     assert json.loads((stopped / "state/step-00000006/state.json").read_text())["step"] == 6
