@@ -57,7 +57,7 @@ class Progress:
         left = duration((self.total - done) / rate) if rate else "?"
         said = ", ".join(filter(None, (note, f"{rate:,.0f} cells/s", speed)))
         if self._bar:
-            self._bar.update(self._task, completed=done, note=said, left=f"{left} left")
+            self._bar.update(self._task, completed=done, total=self.total, note=said, left=f"{left} left")
         else:
             self._said = now
             self.say(f"{done:,} of {self.total:,} cells, {said}, {left} left")
