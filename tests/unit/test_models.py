@@ -72,6 +72,16 @@ def test_sizes_that_are_shares():
             resolve_sizes(model_class, "demo", {"dropout": value})
 
 
+def test_sizes_that_may_be_none():
+    model_class = load_architecture("scgpt")
+    for value, expected in ((None, 0.2), (0, 0), (0.1, 0.1)):
+        sizes = resolve_sizes(model_class, "base", {"dropout": 0.2, "attention_dropout": value})
+        assert sizes.dropout_of_attention == expected
+    for value, message in ((2.0, "must be less than 1"), ("x", "must be a number"), (True, "must be a number")):
+        with pytest.raises(CellmillError, match=message):
+            resolve_sizes(model_class, "base", {"attention_dropout": value})
+
+
 def test_sizes_of_other_kinds():
     with pytest.raises(CellmillError, match="'version' is 'V3', but must be one of V1, V2"):
         resolve_sizes(load_architecture("geneformer"), "demo", {"version": "V3"})

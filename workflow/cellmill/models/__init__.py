@@ -3,6 +3,7 @@
 import importlib.util
 import pkgutil
 from dataclasses import fields, replace
+from types import NoneType, UnionType
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from cellmill.errors import CellmillError
@@ -67,6 +68,10 @@ def _fault(value, kind, bounds) -> str | None:
     """What `value` must be and is not, or None."""
     if get_origin(kind) is Literal:
         return None if value in get_args(kind) else f"one of {', '.join(map(str, get_args(kind)))}"
+    if isinstance(kind, UnionType):  # of a type, or None
+        if value is None:
+            return None
+        (kind,) = set(get_args(kind)) - {NoneType}
     accepted = (int, float) if kind is float else (kind,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, f"of type {kind.__name__}")
