@@ -21,7 +21,13 @@ STEPS, FEW = 1000, 20
 SHARE = 0.8
 """Of the peak, which the limited run may have."""
 SIZES = {"n_layers": 4, "width": 32, "n_heads": 2, "hidden": 128, "max_length": 128, "dropout": 0.0}
-TRAINING = {"batch_size": 128, "warmup_steps": 20, "validate_every": 500, "checkpoint_every": 500}
+TRAINING = {
+    "batch_size": 128,
+    "learning_rate": 3e-4,
+    "warmup_steps": 20,
+    "validate_every": 500,
+    "checkpoint_every": 500,
+}
 """Small layers and large batches: what is kept for the backward pass is as much as the process itself."""
 WHOLE = {"micro_batch_tokens": 10**6}
 SAME = 1e-3

@@ -71,6 +71,7 @@ def test_less_memory_means_fewer_tokens(corpus, statistics, monkeypatch):
         "_pass",
         lambda self, rows: (taken.__setitem__(slice(None), [int(self.lengths_B[rows].sum())]), within(self, rows)),
     )
+    monkeypatch.setattr(memory, "SPARE_BYTES", 0)
     later = memory.later_bytes(run.model, run.optimizer, run.device)
     for tokens in (70, 200, 10**6):  # a token is said to take 1,000 bytes
         monkeypatch.setattr(

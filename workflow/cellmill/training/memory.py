@@ -32,6 +32,8 @@ SPARE = 0.1
 """Share of a limit that is left free. No trial tells what cells of other lengths take beyond their tokens, what is lost
 between blocks of memory, and what the views of the next step take, which are made meanwhile. With it, the peaks of
 Geneformer, scGPT and scMulan came to 77 to 91 % of limits of 0.8 and 1.2 GB."""
+SPARE_BYTES = 64 * 1024**2
+"""At least so much is spared: a process grows by about as much over a run, however small its model."""
 ADDRESSES = "ulimit -v"
 """The limit that the C library's unused reserves count to: who seems to reach it need not run out of memory."""
 FURTHEST = 1.5
@@ -66,8 +68,9 @@ class Limit(NamedTuple):
     @property
     def free(self) -> int:
         """Bytes that training may take besides, leaving `SPARE` of all, or of the addresses that are left."""
-        spare = SPARE * (self.total - self.used if self.source == ADDRESSES else self.total)
-        return int(self.total - self.used - spare)
+        if self.source == ADDRESSES:
+            return int((self.total - self.used) * (1 - SPARE))
+        return self.total - self.used - max(int(SPARE * self.total), SPARE_BYTES)
 
 
 NO_LIMIT = Limit(2**62, 0, "no limit is known")
@@ -359,7 +362,7 @@ class _Trial:
     def __call__(self, tokens: int) -> tuple[int, int]:
         """Bytes that micro batches of at most so many tokens take one after the other, and the tokens of the largest.
 
-        Two are computed: the C library keeps what the first one frees, and the second cannot use all of it.
+        Two to four are computed: the C library keeps what one frees, and the next cannot use all of it.
 
         Raises
         ------
@@ -369,7 +372,7 @@ class _Trial:
         parts = sorted(cut(self.lengths_B, tokens), key=lambda rows: -self.lengths_B[rows].sum())
         failed, peak = False, Peak(self.device)
         try:
-            for rows in (parts[0], parts[min(1, len(parts) - 1)]):
+            for rows in (parts * 2)[: max(2, min(4, len(parts)))]:
                 self._pass(rows)
         except Exception as error:
             if not ran_out(error) or self.wrapped.even:  # ranks that meet within the pass cannot agree after it
