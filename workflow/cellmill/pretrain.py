@@ -49,7 +49,10 @@ from cellmill.training.parallel import Ranks, Wrapped, fill, shared_losses, whol
 from cellmill.training.precision import is_compiled, prepare_blocks
 from cellmill.training.state import Aside, State, load_state, save_state
 
-ELSEWHERE = ("ranks", "nodes", "parallel", "micro_batch_tokens", "memory_gb", "spike_factor", "early_stop")
+ELSEWHERE = (
+    *("ranks", "nodes", "parallel", "micro_batch_tokens", "checkpoint_activations", "memory_gb"),
+    *("spike_factor", "early_stop"),
+)
 """Keys of the training that a run may change and still go on from its state: where it runs and how its steps are cut
 there, and when it is stopped."""
 
